@@ -1,0 +1,33 @@
+# make demo   render scenes, build tiny models, extract their features, write demo/index.html
+# make test   all tests that need no GPU
+# Both make .venv first, once: pinned dependencies (constraints.txt) and this package with its C++ extension.
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test bench lint clean
+
+demo: .venv/installed
+	.venv/bin/engine demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+bench: .venv/installed
+	.venv/bin/python -m pytest benchmarks
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# torch first and alone: a plain machine must not get another build of it as some package's dependency.
+.venv/installed: pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) scikit-build-core pybind11 cmake ninja
+	$(PIP) --no-build-isolation --editable .[dev]
+	touch .venv/installed
+
+clean:
+	rm -rf .venv build demo

@@ -1,0 +1,73 @@
+"""What a model family must say about itself; everything else is shared. `engine/adapters/wan.py` is a whole one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.types import Clip, Plan
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]  # what `prepare` makes of one clip, and, stacked on a first dimension B, what `encode` takes
+
+
+class Adapter(ABC):
+    """A model family. Constructing one reads configs only; `load` reads weights."""
+
+    LIBRARIES: ClassVar[tuple[str, ...]]  # distributions whose release may change values: fields of the spec
+    OPTIONS: ClassVar[dict[str, Any]]  # the family's own settings with their defaults; all are fields of the spec
+    PARITY: ClassVar[dict[str, Any]]  # options under which the published study made its features
+
+    num_layers: int  # blocks of the whole model
+    num_steps: int  # length of the noise schedule, 0 for models without noise
+    channels: int  # C
+    blocks: Sequence[nn.Module]  # after `load`: the blocks that layers count, in the order they run
+
+    def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]):
+        self.checkpoint, self.options = checkpoint, options
+
+    @abstractmethod
+    def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
+        """Geometry for a window of `frames` frames, of which `query` are wanted. Raises ValueError if impossible."""
+
+    @abstractmethod
+    def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
+        """Loads the first `depth` blocks and what runs before them. `cache` is a folder for computed constants."""
+
+    @abstractmethod
+    def prepare(self, clip: Clip, plan: Plan) -> Inputs:
+        """Resizes and normalises. On the CPU, called from several threads at once; equal plans give equal shapes."""
+
+    @abstractmethod
+    def encode(self, inputs: Inputs, plan: Plan) -> Any:
+        """Everything that does not depend on the noise step, once per batch: VAE or vision tower."""
+
+    @abstractmethod
+    def forward(self, state: Any, step: int | None, noise: Tensor | None) -> None:
+        """Runs the loaded blocks on what `encode` returned. What they put out is read by taps on the blocks."""
+
+    @abstractmethod
+    def grid(self, tokens: Tensor, state: Any, plan: Plan) -> Tensor:
+        """A block's output [B, N, C] as [B, T, H, W, C], with tokens that see no pixels left out."""
+
+    @abstractmethod
+    def skeleton(self, depth: int) -> list[nn.Module]:
+        """The modules `load` would fill, on the meta device: for counting what they weigh."""
+
+    def noise_shape(self, plan: Plan) -> tuple[int, ...] | None:
+        """Shape of one clip's noise, None for models without noise."""
+        return None
+
+    def describe_step(self, step: int) -> dict[str, float]:
+        """Timestep and sigma of a step, for provenance. Needs `load` first."""
+        return {}
+
+    @abstractmethod
+    def check_options(self) -> None:
+        """Raises ValueError for option values the model cannot take."""
+
+    def weight_bytes(self, depth: int, dtype: torch.dtype) -> int:
+        """Bytes of the weights that `load(depth)` holds, a few percent low where parts stay float32."""
+        return sum(p.numel() * dtype.itemsize for module in self.skeleton(depth) for p in module.parameters())

@@ -1,0 +1,147 @@
+"""Wan 2.1 text-to-video (diffusers). Frame 0 is a row of its own, then every 4 frames share one.
+
+The text encoder is needed once, for the prompt: its output is cached in the store, and it is gone before clips run.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from spatialprobe.engine.adapter import Adapter, Inputs
+from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
+from spatialprobe.engine.images import resize
+from spatialprobe.engine.types import Clip, Plan
+from torch import Tensor, nn
+
+NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many
+
+
+class Wan(Adapter):
+    OPTIONS = {
+        "size": (480, 832),  # pixels, height and width
+        "prompt": "",
+        "prompt_tokens": 226,  # padding is attended to; the generation pipeline itself pads to 512
+        "flow_shift": 3.0,  # 3 is the model's value for 480p, 5 for 720p
+        "vae_tiling": False,  # overlapping tiles change values; off is exact and faster
+    }
+    PARITY = {"prompt": "", "prompt_tokens": 226, "flow_shift": 3.0, "vae_tiling": True}
+    LIBRARIES = ("diffusers", "transformers")
+
+    def __init__(self, checkpoint: Checkpoint, options: dict):
+        super().__init__(checkpoint, options)
+        self.config = checkpoint.json("transformer/config.json")
+        self.vae_config = checkpoint.json("vae/config.json")
+        if self.config.get("image_dim") is not None or self.config["in_channels"] != self.config["out_channels"]:
+            raise ValueError(f"{checkpoint.root} is an image-to-video Wan; this adapter runs text-to-video")
+        self.num_layers = self.config["num_layers"]
+        self.num_steps = NUM_STEPS
+        self.channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        self.time_stride = 2 ** sum(self.vae_config["temperal_downsample"])
+        self.pixel_stride = 2 ** len(self.vae_config["temperal_downsample"])
+
+    def check_options(self) -> None:
+        step = self.pixel_stride * self.config["patch_size"][1]
+        if any(s < step or s % step for s in self.options["size"]):
+            raise ValueError(f"size must be multiples of {step} pixels, got {self.options['size']}")
+        if self.options["prompt_tokens"] < 1:
+            raise ValueError(f"prompt_tokens must be at least 1, got {self.options['prompt_tokens']}")
+        if self.options["flow_shift"] <= 0:
+            raise ValueError(f"flow_shift must be positive, got {self.options['flow_shift']}")
+
+    def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
+        height, width = self.options["size"]
+        step = self.pixel_stride * self.config["patch_size"][1]
+        rows = tuple(math.ceil(f / self.time_stride) for f in range(frames))
+        grid = (rows[-1] + 1, height // step, width // step)
+        return Plan(frames, tuple(range(frames)), (height, width), grid, rows)
+
+    def prepare(self, clip: Clip, plan: Plan) -> Inputs:
+        # The last group of 4 is completed with its last frame: the VAE would silently drop a part of a group.
+        missing = 1 + (plan.grid[0] - 1) * self.time_stride - plan.frames
+        video = resize(clip.frames, plan.size, Image.Resampling.LANCZOS)  # uint8 [F, H, W, 3]
+        if missing:
+            video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
+        return {"video": video}
+
+    def skeleton(self, depth: int) -> list[nn.Module]:
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+        transformer = empty_module(lambda: WanTransformer3DModel.from_config({**self.config, "num_layers": depth}))
+        vae = empty_module(lambda: AutoencoderKLWan.from_config(self.vae_config))
+        vae.decoder = vae.post_quant_conv = None  # clips are encoded, never decoded
+        return [transformer, vae]
+
+    def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
+        from diffusers import UniPCMultistepScheduler
+
+        self.device, self.dtype = device, dtype
+        self.prompt = self._embed_prompt(cache).to(device, dtype)  # [1, prompt_tokens, D]
+        transformer, vae = self.skeleton(depth)
+        load_weights(
+            transformer,
+            self.checkpoint,
+            "transformer",
+            device=device,
+            dtype=dtype,
+            keep_fp32=tuple(transformer._keep_in_fp32_modules),
+        )
+        load_weights(vae, self.checkpoint, "vae", device=device, dtype=dtype)
+        if self.options["vae_tiling"]:
+            vae.enable_tiling()
+        self.transformer, self.vae, self.blocks = transformer, vae, transformer.blocks
+        self.scheduler = UniPCMultistepScheduler.from_config(
+            self.checkpoint.json("scheduler/scheduler_config.json"), flow_shift=self.options["flow_shift"]
+        )
+        self.scheduler.set_timesteps(NUM_STEPS)
+        shape = (1, -1, 1, 1, 1)
+        self.latent_mean = torch.tensor(self.vae_config["latents_mean"]).view(shape).to(device, dtype)
+        self.latent_inverse_std = 1.0 / torch.tensor(self.vae_config["latents_std"]).view(shape).to(device, dtype)
+
+    def _embed_prompt(self, cache: Path) -> Tensor:
+        prompt, tokens = self.options["prompt"], self.options["prompt_tokens"]
+        key = hashlib.sha256(f"{self.checkpoint.identity}|{prompt}|{tokens}|{self.dtype}".encode()).hexdigest()[:16]
+        path = cache / f"prompt-{key}.safetensors"
+        if path.exists():
+            return load_file(path)["prompt"]
+        from diffusers import WanPipeline
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        encoder = UMT5EncoderModel.from_pretrained(self.checkpoint.folder("text_encoder"), dtype=self.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder("tokenizer"))
+        text = WanPipeline(tokenizer, encoder.to(self.device), vae=None, scheduler=None)
+        embedding, _ = text.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=tokens)
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{id(self)}.tmp")
+        save_file({"prompt": embedding.cpu().contiguous()}, unfinished)
+        unfinished.replace(path)
+        return load_file(path)["prompt"]
+
+    def noise_shape(self, plan: Plan) -> tuple[int, ...]:
+        frames, height, width = plan.grid
+        _, patch_height, patch_width = self.config["patch_size"]
+        return (self.vae_config["z_dim"], frames, height * patch_height, width * patch_width)
+
+    def encode(self, inputs: Inputs, plan: Plan) -> Tensor:  # -> latents [B, Z, T, h, w]
+        # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
+        return torch.cat([self._encode_one(video) for video in inputs["video"]])
+
+    def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
+        pixels = (2.0 * (video.permute(3, 0, 1, 2)[None].float() / 255.0) - 1.0).to(self.dtype).contiguous()
+        return (self.vae.encode(pixels).latent_dist.mean - self.latent_mean) * self.latent_inverse_std
+
+    def forward(self, state: Tensor, step: int, noise: Tensor) -> None:
+        timestep = self.scheduler.timesteps[step].to(self.device).expand(len(state))
+        noisy = self.scheduler.add_noise(state, noise.to(state), timestep[:1])
+        self.transformer(noisy.to(self.dtype), timestep, self.prompt.expand(len(state), -1, -1), return_dict=False)
+
+    def describe_step(self, step: int) -> dict[str, float]:
+        # Integer timesteps repeat in a schedule of 1000; add_noise takes the sigma of the second of a pair.
+        timestep = self.scheduler.timesteps[step]
+        sigma = self.scheduler.sigmas[self.scheduler.index_for_timestep(timestep)]
+        return {"timestep": int(timestep), "sigma": round(float(sigma), 6)}
+
+    def grid(self, tokens: Tensor, state: Tensor, plan: Plan) -> Tensor:
+        return tokens.unflatten(1, plan.grid)

@@ -1,0 +1,204 @@
+"""A model's folder of files, local or on the Hugging Face Hub, and reading just the tensors that are wanted.
+
+Knows the Hugging Face layout (configs, safetensors shards, index files), no model family. Remote code is never run.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # configs, tokenizers: all that a plan needs
+SAMPLE_BYTES = 512  # read at the start, middle and end of every tensor for the content hash
+
+
+@dataclass
+class Checkpoint:
+    """Files of one revision of one model. Weights on the Hub are downloaded file by file, when first asked for."""
+
+    root: Path
+    repo: str | None = None  # Hub id; None for a local folder
+    revision: str | None = None  # commit of `repo`
+    bytes_read: int = field(default=0, compare=False)  # of tensors, by `load_weights`
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> "Checkpoint":
+        """A local folder, or a Hub id with an optional revision. Raises ValueError when neither can be had."""
+        path = Path(model).expanduser()
+        if path.is_dir():
+            if revision is not None:
+                raise ValueError(f"revision {revision!r} is for models from the Hub, but {model!r} is a local folder")
+            return cls(path.resolve())
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+            raise ValueError(f"model {model!r} is no local folder, and no Hub id of the form owner/name")
+        from huggingface_hub import snapshot_download
+
+        root = _from_hub(model, lambda: snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES))
+        return cls(root, repo=model, revision=root.name)
+
+    @property
+    def identity(self) -> str:
+        """What `FeatureSpec.weights` holds."""
+        return f"hub:{self.repo}@{self.revision}" if self.repo else f"content:{content_hash(self.root)}"
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def file(self, name: str) -> Path:
+        """Local path of one file. Raises ValueError if the checkpoint lacks it."""
+        path = self.root / name
+        if not path.is_file() and self.repo:
+            from huggingface_hub import hf_hub_download
+
+            _from_hub(f"{self.repo}/{name}", lambda: hf_hub_download(self.repo, name, revision=self.revision))
+        if not path.is_file():
+            raise ValueError(f"checkpoint {self.root} has no file {name}")
+        return path
+
+    def folder(self, name: str) -> Path:
+        """Local path of one sub-folder with everything in it (a text encoder, say)."""
+        if self.repo:
+            from huggingface_hub import snapshot_download
+
+            fetch = lambda: snapshot_download(self.repo, revision=self.revision, allow_patterns=[f"{name}/*"])  # noqa: E731
+            _from_hub(f"{self.repo}/{name}", fetch)
+        if not (self.root / name).is_dir():
+            raise ValueError(f"checkpoint {self.root} has no folder {name}")
+        return self.root / name
+
+    def json(self, name: str) -> dict:
+        try:
+            return json.loads(self.file(name).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.root / name} is not valid JSON: {error}") from None
+
+    def tensor_files(self, folder: str = "") -> dict[str, str]:
+        """{tensor name: file that holds it} for the safetensors of `folder`."""
+        prefix = f"{folder}/" if folder else ""
+        for stem in ("model", "diffusion_pytorch_model"):
+            if self.has(index := f"{prefix}{stem}.safetensors.index.json"):
+                return {name: prefix + shard for name, shard in self.json(index)["weight_map"].items()}
+        for stem in ("model", "diffusion_pytorch_model"):
+            if self.has(single := f"{prefix}{stem}.safetensors") or self.repo:
+                with _open_shard(self.file(single)) as shard:
+                    return dict.fromkeys(shard.keys(), single)
+        raise ValueError(f"checkpoint {self.root / folder} has no safetensors weights (pickled weights are not read)")
+
+
+def _from_hub(what: str, fetch: Callable[[], str]) -> Path:
+    import huggingface_hub.errors as hub
+
+    try:
+        return Path(fetch())
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+        raise ValueError(f"{what} is not in the local Hub cache, and the Hub cannot be reached") from None
+    except (hub.HfHubHTTPError, hub.EntryNotFoundError, OSError) as error:  # no such repository, gated, no connection
+        raise ValueError(f"{what} cannot be fetched: {str(error).splitlines()[0]}") from None
+
+
+def _open_shard(path: Path):
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def content_hash(root: Path) -> str:
+    """Hash of a checkpoint's configs, tokenizers and weights, in seconds whatever the size.
+
+    Of each tensor it reads the name, dtype, shape and 3 samples of 512 bytes; a change of weights that touches none
+    of the samples goes unnoticed.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors")):
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        if path.suffix == ".safetensors":
+            for sample in _samples(path):
+                digest.update(sample)
+        else:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        raw = file.read(size)
+        yield raw
+        try:
+            header = json.loads(raw)
+        except ValueError:
+            raise ValueError(f"{path} is not a safetensors file") from None
+        for name in sorted(header.keys() - {"__metadata__"}):
+            begin, end = header[name]["data_offsets"]
+            for at in (begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)):
+                file.seek(8 + size + at)
+                yield file.read(min(SAMPLE_BYTES, end - at))
+
+
+@torch.no_grad()
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    folder: str = "",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype,
+    keep_fp32: tuple[str, ...] = (),
+    rename: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Fills a module built on the meta device from a checkpoint, reading only the tensors the module has.
+
+    `rename` turns a parameter's name into the checkpoint's. Parameters whose dotted name has a part in `keep_fp32`
+    stay float32. Raises ValueError for tensors the checkpoint lacks or that have another shape.
+    """
+    files = checkpoint.tensor_files(folder)
+    wanted = {name: rename(name) for name in module.state_dict()}
+    missing = [stored for stored in wanted.values() if stored not in files]
+    if missing:
+        raise ValueError(
+            f"{checkpoint.root / folder} lacks {len(missing)} of the {len(wanted)} tensors of "
+            f"{type(module).__name__}, first {missing[0]}: is it a checkpoint of another family?"
+        )
+    with ExitStack() as stack:
+        shards = {f: stack.enter_context(_open_shard(checkpoint.file(f))) for f in {files[s] for s in wanted.values()}}
+        for name, stored in wanted.items():
+            if stored not in shards[files[stored]].keys():
+                raise ValueError(f"{checkpoint.root / files[stored]} lacks {stored}, which its index promises")
+            value = shards[files[stored]].get_tensor(stored)
+            owner, leaf = _owner(module, name)
+            target = getattr(owner, leaf)
+            if value.shape != target.shape:
+                raise ValueError(f"{stored} must have shape {tuple(target.shape)}, got {tuple(value.shape)}")
+            checkpoint.bytes_read += value.nbytes
+            keep = not value.is_floating_point() or any(part in keep_fp32 for part in name.split("."))
+            # clone: CPU kernels round differently on weights that are not 64-byte aligned, as mapped files are not
+            value = value.to(device=device, dtype=value.dtype if keep else dtype, copy=True)
+            if isinstance(target, nn.Parameter):
+                setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+            else:
+                owner.register_buffer(leaf, value)
+    for buffer_owner in module.modules():  # buffers that are computed, not stored (rotary tables)
+        for leaf, buffer in list(buffer_owner.named_buffers(recurse=False)):
+            buffer_owner._buffers[leaf] = buffer.to(device)
+    module.eval()
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def empty_module(build: Callable[[], nn.Module]) -> nn.Module:
+    """`build()` with parameters on the meta device: no memory, no random initialisation; computed buffers are real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return build()

@@ -1,0 +1,78 @@
+"""The plan of a job in words: clips, blocks, memory, disk. Reads configs and listings; loads and writes nothing."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.extract import AUTO_BATCH, plan_clip
+from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.run import job_clips
+from spatialprobe.engine.store import FeatureStore
+from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, Plan
+
+TOKEN_STATISTICS = 8  # bytes per token: mean and rstd, float32
+
+
+def plan_lines(job: Job) -> Iterator[str]:
+    """What `engine extract --dry-run` prints."""
+    resolved, refs = resolve(job), job_clips(job)
+    spec, adapter = resolved.spec, resolved.adapter
+    done = 0
+    if (Path(job.out) / "spec.json").exists():
+        store = FeatureStore.open(job.out)
+        if store.spec != spec:
+            yield f"store    {job.out} holds features of another spec: extract would refuse it"
+        else:
+            there = set(store.ids())
+            done = sum(ref.id in there for ref in refs)
+    todo = len(refs) - done
+    yield f"clips    {len(refs)} in {job.clips}, {done} done, {todo} to do"
+    yield f"model    {job.model}, family {spec.family}, {spec.weights}"
+    weights = adapter.weight_bytes(resolved.depth, COMPUTE_DTYPES[spec.compute_dtype])
+    yield f"blocks   {resolved.depth} of {adapter.num_layers} loaded and run, for layers {_list(spec.layers)}"
+    if not adapter.num_steps:
+        yield f"         (hidden_states {_list(layer + 1 for layer in spec.layers)} in transformers' counting)"
+    else:
+        merged = ", merged" if spec.merge_steps else ""
+        yield f"steps    {_list(spec.steps)} of {adapter.num_steps}{merged}, seed {spec.seed}"
+    if not refs:
+        return
+    frames = spec.frames.window or len(load_clip(refs[0], spec.frames).frames)
+    plan, rows = plan_clip(frames, adapter, spec)
+    first = "" if spec.frames.window else " (first clip)"
+    yield f"window   {frames} frames{first}, {len(plan.shown)} shown to the model at {plan.size[0]}x{plan.size[1]}"
+    kept = spec.pool or plan.grid[1:]
+    yield f"tokens   {'x'.join(map(str, plan.grid))}, kept {len(rows)}x{kept[0]}x{kept[1]}, {adapter.channels} channels"
+    batch = AUTO_BATCH if resolved.batch == "auto" else resolved.batch
+    activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
+    yield (
+        f"memory   {_gb(weights)} weights + about {_gb(activations)} activations at batch {batch}, "
+        f"{spec.compute_dtype} on {resolved.device}"
+    )
+    clip = clip_bytes(spec, len(rows), kept, adapter.channels)
+    out = Path(job.out).absolute()
+    folder = next(path for path in (out, *out.parents) if path.exists())
+    yield f"disk     {_gb(clip)} per clip, {_gb(clip * todo)} to write, {_gb(shutil.disk_usage(folder).free)} free"
+
+
+def clip_bytes(spec: FeatureSpec, rows: int, grid: tuple[int, int], channels: int) -> int:
+    """Bytes of one clip's file, but for a header of some kilobytes."""
+    dtype = STORE_DTYPES[spec.dtype]
+    tokens = rows * math.prod(grid)
+    per_token = channels * dtype.itemsize + TOKEN_STATISTICS + (4 if dtype.itemsize == 1 else 0)
+    return tokens * per_token * len(spec.tensors())
+
+
+def activation_bytes(plan: Plan, channels: int, itemsize: int, batch: int) -> int:
+    """A rough guess: some 16 tensors of the size of the hidden states at a block's widest point."""
+    return 16 * batch * math.prod(plan.grid) * channels * itemsize
+
+
+def _list(values) -> str:
+    return ", ".join(map(str, values))
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

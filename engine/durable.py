@@ -1,0 +1,195 @@
+"""Files that survive a crash: folders and names made durable, temporary files that a killed process cannot leave for
+good, and a clear error when the disk is full. Several machines on one store need a file system with working flock.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+class StoreFull(OSError):
+    """There is no room for a file: the disk is full, a quota is used up, or files may not be that large."""
+
+
+@contextmanager
+def room_for(path: Path, needed: int) -> Iterator[None]:
+    """Turns "no space" errors of the code inside into StoreFull, saying what was needed and what is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL or isinstance(error, StoreFull):
+            raise
+        folder = next(p for p in path.parents if p.is_dir())
+        free = shutil.disk_usage(folder).free
+        what = f"{error.strerror}: {needed / 1e6:,.3f} MB needed, {free / 1e6:,.3f} MB free"
+        raise StoreFull(error.errno, what, str(path)) from error
+
+
+def make_folder(path: Path) -> None:
+    """mkdir -p that survives a power cut."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temp: Path, final: Path) -> None:
+    """Gives a whole, synced file its final name, at once and for good."""
+    make_folder(final.parent)
+    temp.replace(final)
+    sync_folder(final.parent)
+
+
+def publish_first(temp: Path, final: Path) -> None:
+    """Like `publish`, but a file that has the name already stays; of two processes at once one wins."""
+    try:
+        final.hardlink_to(temp)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP):
+            raise
+        if not final.exists():  # no hard links on this file system: of two processes at once the last wins
+            temp.replace(final)
+    temp.unlink(missing_ok=True)
+    sync_folder(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a new file, to the disk itself."""
+    with path.open("x") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file that several threads and processes add to; a line torn by a kill stays alone."""
+    data = line.encode() + b"\n"
+    with room_for(path, len(data)):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                data = b"\n" + data
+            written = os.write(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class RunFolder:
+    """A folder for one process's temporary files: `<parent>/run-*`, locked while the process lives.
+
+    Making one removes the folders of processes that have died; folders of live ones are left alone.
+    """
+
+    def __init__(self, parent: Path):
+        with _locked(parent / "lock") as locks_work:
+            for folder in dead_runs(parent) if locks_work else ():
+                shutil.rmtree(folder, ignore_errors=True)  # its owner may be removing it too; verify names the rest
+            self.path = parent / f"run-{secrets.token_hex(6)}"
+            self.path.mkdir()
+            lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            _flock(lock, fcntl.LOCK_EX)
+        self._numbers = count()
+        self.close = weakref.finalize(self, _end_run, self.path, lock, os.getpid())
+
+    def file(self) -> Path:
+        """A new name, also in a forked child."""
+        return self.path / f"{os.getpid()}-{next(self._numbers)}.part"
+
+
+def dead_runs(parent: Path) -> list[Path]:
+    """Folders of runs whose process has died. A run that this process may not lock counts as alive."""
+    dead = []
+    for folder in sorted(parent.glob("run-*")):
+        try:
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except (
+            FileNotFoundError
+        ):  # killed between making the folder and its lock, which happens under the parent's lock
+            if folder.is_dir() and not any(folder.iterdir()):
+                dead.append(folder)
+            continue
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            dead.append(folder)
+        except OSError:
+            pass
+        finally:
+            os.close(lock)
+    return dead
+
+
+def _end_run(path: Path, lock: int, pid: int) -> None:
+    if os.getpid() != pid:  # a forked child: the folder is its parent's
+        return
+    try:
+        for file in [*path.glob("*.part"), path / "lock"]:  # the lock last: without it the folder must be empty
+            file.unlink(missing_ok=True)
+        path.rmdir()
+        # The last one out removes the parent. Never waits: this may run inside a garbage collection.
+        with _locked(path.parent / "lock", wait=False):
+            if not any(path.parent.glob("run-*")):
+                (path.parent / "lock").unlink()
+                path.parent.rmdir()
+    except OSError:  # another process is at it, or the whole store is gone
+        pass
+    finally:
+        os.close(lock)
+
+
+def _flock(fd: int, operation: int) -> bool:
+    """False where the file system has no locks."""
+    try:
+        fcntl.flock(fd, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock file `path`, made if need be, which its holder may remove. Yields False if locks do not work."""
+    while True:
+        if wait:
+            path.parent.mkdir(exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            if not wait:
+                raise
+            continue
+        try:
+            works = _flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                yield works
+                return
+        finally:
+            os.close(fd)

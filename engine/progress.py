@@ -1,0 +1,74 @@
+"""What people see of a run: a progress bar, a log of JSON lines, a table of stage times."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from spatialprobe.engine.extract import Report
+from spatialprobe.engine.store import FeatureStore
+from tqdm import tqdm
+
+
+def bar(total: int, unit: str) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(total=total, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+class RunLog:
+    """One JSON line per clip as it is settled, and the bar beside it with clips/s, time left and failures."""
+
+    def __init__(self, path: Path, total: int):
+        self._file = path.open("a", buffering=1)
+        self._bar = bar(total, "clip")
+        self._failed = 0
+
+    def clip(self, clip_id: str, outcome: str, reason: str) -> None:
+        line = {"time": round(time.time(), 3), "id": clip_id, "outcome": outcome, "reason": reason}
+        self._file.write(json.dumps(line) + "\n")
+        self._failed += outcome == "failed"
+        self._bar.set_postfix(failed=self._failed, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.close()
+        self._file.close()
+
+
+def summary(report: Report, root: Path) -> str:
+    """What a run did, in a few lines."""
+    lines = [
+        f"{root}: {report.written} written, {report.present} there before, {report.failed} failed, "
+        f"{report.skipped} skipped of {report.asked} clips"
+    ]
+    timing = report.timing
+    if timing:
+        rate = report.written / timing["seconds"] if timing["seconds"] else 0.0
+        peak = timing["peak_memory_bytes"] / 1e9
+        lines.append(
+            f"{timing['seconds']:.1f} s, {rate:.2f} clips/s, device busy {timing['busy']:.0%}, "
+            f"peak memory {peak:.2f} GB, batch {report.batch_size}"
+        )
+        for name, stage in timing["stages"].items():
+            gb = f"{stage['gb_per_s']:8.2f} GB/s" if "gb_per_s" in stage else ""
+            lines.append(f"  {name:<17}{stage['seconds']:9.2f} s{gb}")
+    return "\n".join(lines)
+
+
+def store_lines(store: FeatureStore) -> Iterator[str]:
+    """What `engine info` prints."""
+    info = store.info()
+    yield f"{store.root}: {info.clips} clips, {info.bytes / 1e9:.3f} GB, {info.failed} failed, {info.padded} padded"
+    if info.damaged:
+        yield f"{info.damaged} files have unreadable headers: run `engine verify {store.root}`"
+    for name, value in store.about.items():
+        yield f"{name}: {value}"
+    for name, shapes in info.shapes.items():
+        for shape, clips in shapes.items():
+            yield f"{name}: {list(shape)} {store.spec.dtype} in {clips} clips"
+    yield f"spec {store.spec.hash}:"
+    yield store.spec.to_json()

@@ -1,0 +1,128 @@
+"""Reading checkpoints: only what is wanted, and one clear line for everything that is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from spatialprobe.engine.checkpoint import Checkpoint, content_hash, empty_module, load_weights
+from spatialprobe.engine.presets import detect_family
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm1 = nn.Linear(3, 4), nn.LayerNorm(4)
+        self.register_buffer("table", torch.arange(5.0), persistent=False)
+        self.register_buffer("kept", torch.zeros(2))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    net = Net()
+    net.kept += 7
+    weights = net.state_dict() | {"unwanted": torch.zeros(1000)}
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path, weights
+
+
+def test_loads_values_dtypes_and_computed_buffers(saved):
+    root, weights = saved
+    checkpoint, net = Checkpoint.open(str(root)), empty_module(Net)
+    assert net.a.weight.is_meta
+    load_weights(net, checkpoint, dtype=torch.bfloat16, keep_fp32=("norm1",))
+    assert torch.equal(net.a.weight, weights["a.weight"].bfloat16())
+    assert torch.equal(net.norm1.weight, weights["norm1.weight"])
+    assert torch.equal(net.kept, weights["kept"].bfloat16())
+    assert torch.equal(net.table, torch.arange(5.0))
+    assert checkpoint.bytes_read == sum(v.nbytes for k, v in weights.items() if k != "unwanted")
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_lacking_and_misshapen_tensors_are_named(saved):
+    root, weights = saved
+    with pytest.raises(ValueError, match=r"lacks 5 of the 5 tensors of Net, first other\."):
+        load_weights(empty_module(Net), Checkpoint.open(str(root)), dtype=torch.float32, rename=lambda n: f"other.{n}")
+    save_file({**weights, "a.weight": torch.zeros(3, 4)}, root / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a.weight must have shape \(4, 3\), got \(3, 4\)"):
+        load_weights(empty_module(Net), Checkpoint.open(str(root)), dtype=torch.float32)
+
+
+def test_broken_weights_are_named(saved):
+    root, _ = saved
+    whole = (root / "model.safetensors").read_bytes()
+    (root / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_weights(empty_module(Net), Checkpoint.open(str(root)), dtype=torch.float32)
+    (root / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no safetensors weights"):
+        load_weights(empty_module(Net), Checkpoint.open(str(root)), dtype=torch.float32)
+
+
+def test_a_missing_shard_is_named(wan_path, tmp_path):
+    root = tmp_path / "wan"
+    shutil.copytree(wan_path, root)
+    shard = sorted((root / "transformer").glob("*.safetensors"))[-1]
+    shard.unlink()
+    from spatialprobe.engine.adapters.wan import Wan
+
+    wan = Wan(Checkpoint.open(str(root)), {**Wan.OPTIONS, "size": (64, 96)})
+    with pytest.raises(ValueError, match=f"no file transformer/{shard.name}"):
+        wan.load(wan.num_layers, torch.device("cpu"), torch.float32, tmp_path)
+
+
+def test_content_hash_sees_weights_and_configs_and_not_the_place(wan_path, tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(wan_path, copy)
+    base = content_hash(wan_path)
+    assert content_hash(copy) == base
+    file = next((copy / "vae").glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    weights[name].view(-1)[0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    changed = content_hash(copy)
+    assert changed != base
+    config = json.loads((copy / "vae/config.json").read_text())
+    (copy / "vae/config.json").write_text(json.dumps(config | {"z_dim": 17}))
+    assert content_hash(copy) not in (base, changed)
+
+
+def test_family_comes_from_the_checkpoints_own_configs(wan_path, qwen_path, tmp_path):
+    assert detect_family(Checkpoint.open(str(wan_path))) == "wan"
+    assert detect_family(Checkpoint.open(str(qwen_path))) == "qwen3_vl"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"says it is bert .* known are WanPipeline, qwen3_vl"):
+        detect_family(Checkpoint.open(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        ("Qwen/no-such-model", None, "not in the local Hub cache, and the Hub cannot be reached"),
+        ("a/b/c", None, "no local folder, and no Hub id"),
+        (".", "main", "revision 'main' is for models from the Hub"),
+    ],
+)
+def test_models_that_cannot_be_had(model, revision, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        Checkpoint.open(model, revision)
+    assert "\n" not in str(raised.value)
+
+
+def test_hub_layout_is_read_from_the_local_cache(wan_path, tmp_path, monkeypatch):
+    """A cached Hub snapshot: same files, identity by commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--owner--wan"
+    shutil.copytree(wan_path, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    checkpoint = Checkpoint.open("owner/wan")
+    assert checkpoint.identity == f"hub:owner/wan@{commit}"
+    assert checkpoint.tensor_files("transformer") == Checkpoint.open(str(wan_path)).tensor_files("transformer")
+    with pytest.raises(ValueError, match=r"owner/wan/absent\.json is not in the local Hub cache"):
+        checkpoint.file("absent.json")

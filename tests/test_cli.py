@@ -1,0 +1,220 @@
+"""The command line: words, exit codes, and one clear line for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from spatialprobe.engine.cli import main
+from spatialprobe.engine.job import Job, resolve, select_shard
+from spatialprobe.engine.store import FeatureStore
+
+
+@pytest.fixture
+def words(clips_path, wan_path, tmp_path):
+    """Arguments of an extraction that works."""
+    return [
+        "extract", str(clips_path), "--model", str(wan_path), "--out", str(tmp_path / "store"), "--layers", "0,hs3",
+        "--steps", "749", "--window", "9", "--size", "64x96", "--batch", "2",
+    ]  # fmt: skip
+
+
+def replaced(words: list[str], **changes: str | None) -> list[str]:
+    out = list(words)
+    for name, value in changes.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in out:
+            at = out.index(flag)
+            out[at : at + 2] = []
+        if value is not None:
+            out += [flag, value]
+    return out
+
+
+def test_extract_info_verify(words, capsys):
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "5 written, 0 there before, 0 failed" in out
+    assert "clips/s, device busy" in out
+    store = words[5]
+    assert FeatureStore.open(store).spec.layers == (0, 2)  # hs3 is the output of block 2
+    assert main(words) == 0
+    assert "0 written, 5 there before" in capsys.readouterr().out
+    assert main(["info", store]) == 0
+    out = capsys.readouterr().out
+    assert "layer2/step749: [3, 4, 6, 48] float16 in 5 clips" in out
+    assert main(["verify", store]) == 0
+    assert "5 clips read, 0 problems" in capsys.readouterr().out
+
+
+def test_verify_finds_a_flipped_bit(words, capsys):
+    assert main(words) == 0
+    path = FeatureStore.open(words[5]).path("clip2")
+    raw = bytearray(path.read_bytes())
+    raw[-100] ^= 4
+    path.write_bytes(raw)
+    capsys.readouterr()
+    assert main(["verify", words[5]]) == 1
+    out = capsys.readouterr().out
+    assert "clip2" in out
+    assert "1 problems" in out
+
+
+def test_failed_clips_are_listed_retried_and_exit_1(words, clips_path, make_clip, tmp_path, capsys):
+    clips = tmp_path / "clips"
+    make_clip(clips / "whole", frames=9)
+    make_clip(clips / "broken", frames=9, seed=1)
+    image = clips / "broken/004.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    words[1] = str(clips)
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert "1 clips failed" in err
+    assert "broken  decode: " in err
+    assert "004.png" in err
+    assert "--retry-failed" in err
+    store = FeatureStore.open(words[5])
+    assert store.ids() == ["whole"]
+    log = [json.loads(line) for line in (store.root / "log.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["outcome"] for line in log} == {"whole": "written", "broken": "failed"}
+    image.write_bytes(whole)
+    assert main([*words, "--retry-failed"]) == 0
+    assert "1 written, 0 there before, 0 failed, 0 skipped of 1 clips" in capsys.readouterr().out
+    assert store.failures() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "4"}, "layers must be blocks 0 .. 3, got [4]"),
+        ({"layers": "x"}, "layers must be a whole number from 0, got 'x'"),
+        ({"layers": "hs0"}, "hsK, K must be a whole number from 1"),
+        ({"layers": None}, "layers must be given for a model that is no preset"),
+        ({"steps": "1000"}, "steps must be indices 0 .. 999"),
+        ({"steps": "-1"}, "steps must be a whole number from 0, got '-1'"),
+        ({"window": "0"}, "window, if not 'all', must be a whole number from 1"),
+        ({"stride": "0"}, "stride must be a whole number from 1"),
+        ({"query": "12"}, "query frame 12 is outside the window of 9 frames"),
+        ({"query": "a:b"}, "query must be frame numbers and slices"),
+        ({"short": "maybe"}, "short must be one of pad, error, skip, got 'maybe'"),
+        ({"start": "middle"}, "start must be 'start', 'center', 'start_idx' or a frame number, got 'middle'"),
+        ({"pool": "3"}, "size must be HEIGHTxWIDTH like 15x26, got '3'"),
+        ({"size": "65x96"}, "size must be multiples of 16 pixels"),
+        ({"option": "colour=red"}, "unknown option 'colour' of Wan; its options are size, prompt"),
+        ({"option": "vae_tiling=maybe"}, "option vae_tiling must be bool, got 'maybe'"),
+        ({"store_dtype": "float64"}, "store_dtype must be one of float16, bfloat16, float8_e4m3, int8"),
+        ({"compute": "exact"}, "compute must be 'default' or 'parity'"),
+        ({"compute_dtype": "int8"}, "compute_dtype must be one of float32, bfloat16, float16"),
+        ({"device": "cuda:7"}, "device 'cuda:7' is not there"),
+        ({"device": "tpu"}, "device must be cpu, cuda or cuda:N"),
+        ({"shard": "4/4"}, "shard must be i/n with 0 <= i < n, got '4/4'"),
+        ({"batch": "-2"}, "batch, if not 'auto', must be a whole number from 1"),
+        ({"model": "no-such-model"}, "no preset, local folder or Hub id; presets are wan2.1-t2v-1.3b"),
+        ({"model": "qwen3-vl-2b"}, "Qwen/Qwen3-VL-2B-Instruct is not in the local Hub cache"),
+        ({"layout": "cubes"}, "layout"),
+        ({"job": "/no/such/job.toml"}, "job file /no/such/job.toml cannot be read"),
+    ],
+)
+def test_bad_arguments_exit_2_with_one_line_and_write_nothing(words, tmp_path, capsys, changes, message):
+    assert main(replaced(words, **changes)) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert message in err[-1]
+    assert len(err) == 1
+    assert not (tmp_path / "store").exists()
+
+
+def test_clips_that_are_not_there(words, capsys, tmp_path):
+    words[1] = str(tmp_path / "nowhere")
+    assert main(words) == 2
+    assert "nowhere" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    words[1] = str(tmp_path / "empty")
+    assert main(words) == 2
+    assert "empty" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_or_word(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([*words, "--layer", "3"])
+    assert raised.value.code == 2
+    (tmp_path / "job.toml").write_text('colour = "red"')
+    assert main([*words, "--job", str(tmp_path / "job.toml")]) == 2
+    assert "unknown word 'colour' in the job" in capsys.readouterr().err
+
+
+def test_another_spec_is_refused_with_the_fields_that_differ(words, capsys):
+    assert main(words) == 0
+    store = FeatureStore.open(words[5])
+    before = {i: store.path(i).read_bytes() for i in store.ids()}
+    assert main(replaced(words, seed="3", window="5")) == 2
+    err = capsys.readouterr().err
+    assert "seed: 0 there, 3 asked" in err
+    assert "frames.window: 9 there, 5 asked" in err
+    assert {i: store.path(i).read_bytes() for i in store.ids()} == before
+
+
+def test_a_job_file_says_the_same_as_flags(words, clips_path, wan_path, tmp_path):
+    (tmp_path / "job.toml").write_text(
+        f'clips = "{clips_path}"\nmodel = "{wan_path}"\nout = "{tmp_path}/store"\nlayers = [0, "hs3"]\n'
+        'steps = 749\nwindow = 9\nbatch = 2\nshort = "skip"\n[options]\nsize = [64, 96]\n'
+    )
+    from_file = Job.from_words({"short": "pad"}, str(tmp_path / "job.toml"))
+    from spatialprobe.engine.cli import parser, read_job
+
+    assert resolve(from_file).spec == resolve(read_job(parser().parse_args(words))).spec
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(words, tmp_path, capsys):
+    assert main([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "5 in " in out
+    assert "0 done, 5 to do" in out
+    assert "3 of 4 loaded and run, for layers 0, 2" in out
+    assert "tokens   3x4x6, kept 3x4x6, 48 channels" in out
+    assert not (tmp_path / "store").exists()
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "5 done, 0 to do" in out
+    # the disk estimate is the tensors' bytes: a file adds a header
+    megabytes = float(out.split("disk     ")[1].split(" MB per clip")[0])
+    size = FeatureStore.open(words[5]).path("clip0").stat().st_size
+    assert megabytes * 1e6 <= size <= megabytes * 1e6 + 8192
+
+
+def test_parity_is_the_studys_choices(words, clips_path, wan_path, qwen_path):
+    wan = resolve(Job.from_words({"clips": str(clips_path), "model": str(wan_path), "out": "x", "layers": "1",
+                                  "compute": "parity"})).spec  # fmt: skip
+    assert wan.compute_dtype == "bfloat16"
+    assert wan.options == {
+        "size": [480, 832], "prompt": "", "prompt_tokens": 226, "flow_shift": 3.0, "vae_tiling": True,
+    }  # fmt: skip
+    assert (wan.frames.window, wan.steps) == (81, (749,))
+    qwen = resolve(Job.from_words({"clips": str(clips_path), "model": str(qwen_path), "out": "x", "layers": "hs3",
+                                   "compute": "parity"})).spec  # fmt: skip
+    assert (qwen.compute_dtype, qwen.layers, qwen.steps) == ("bfloat16", (2,), ())
+    assert qwen.options == {"size": [540, 960], "prompt": "Describe this video."}
+    from spatialprobe.engine.types import parse_query
+
+    assert parse_query(qwen.frames.query, 81) == (0, *range(1, 76, 4))
+    with pytest.raises(ValueError, match=r"parity means flow_shift=3\.0, but flow_shift=5\.0 was asked for"):
+        resolve(Job.from_words({"clips": "c", "model": str(wan_path), "out": "x", "layers": "1",
+                                "compute": "parity", "options": {"flow_shift": 5}}))  # fmt: skip
+
+
+def test_shards_are_disjoint_and_complete():
+    clips = list(range(23))
+    for count in (1, 2, 5, 30):
+        parts = [select_shard(clips, f"{i}/{count}", None) for i in range(count)]
+        assert sorted(clip for part in parts for clip in part) == clips
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert select_shard(clips, "1/2", 5) == [1, 3]
+
+
+def test_quiet_and_whole_when_not_on_a_terminal(words):
+    done = subprocess.run([sys.executable, "-m", "spatialprobe.engine.cli", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "5 written" in done.stdout

@@ -1,0 +1,215 @@
+"""The pipeline around a model that costs nothing: bounded queues, flat memory, failures that cost only their clip."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from spatialprobe.engine import extract as pipeline
+from spatialprobe.engine.adapter import Adapter
+from spatialprobe.engine.extract import extract
+from spatialprobe.engine.store import FeatureStore
+from spatialprobe.engine.types import Clip, ClipError, ClipRef, FeatureSpec, FrameSelection, Plan, ShortClip
+from torch import nn
+
+TOKENS = (2, 4, 4)
+
+
+class Ramp(Adapter):
+    """A model of two blocks whose features are the clip's mean brightness plus the layer, in every token."""
+
+    OPTIONS, PARITY, LIBRARIES = {}, {}, ()
+    num_layers, num_steps, channels = 2, 0, 8
+
+    def __init__(self, most_in_memory: int = 1000):
+        self.device, self.most_in_memory, self.batches = torch.device("cpu"), most_in_memory, []
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def plan(self, frames, query):
+        return Plan(frames, tuple(range(frames)), (8, 8), TOKENS, tuple(min(f, 1) for f in range(frames)))
+
+    def load(self, depth, device, dtype, cache): ...
+
+    def check_options(self): ...
+
+    def skeleton(self, depth):
+        return [self.blocks]
+
+    def prepare(self, clip, plan):
+        return {"brightness": clip.frames.float().mean()[None]}
+
+    def encode(self, inputs, plan):
+        self.batches.append(len(inputs["brightness"]))
+        if len(inputs["brightness"]) > self.most_in_memory:
+            raise torch.OutOfMemoryError("out of memory: tried to allocate more than there is")
+        return inputs["brightness"]
+
+    def forward(self, state, step, noise):
+        x = state[:, None].expand(-1, 32, 8)
+        for i, block in enumerate(self.blocks):
+            x = block(x + i)
+
+    def grid(self, tokens, state, plan):
+        return tokens.unflatten(1, plan.grid)
+
+
+def spec(**fields) -> FeatureSpec:
+    defaults = {"family": "ramp", "weights": "content:0", "layers": (0, 1), "frames": FrameSelection(window=2)}
+    return FeatureSpec(**defaults | {"compute_dtype": "float32", "device": "cpu"} | fields)
+
+
+@pytest.fixture
+def clips(monkeypatch):
+    """Clips by id: brightness is the number in the id; "bad" fails to decode, "short" is short of its window."""
+
+    def load(ref: ClipRef, selection: FrameSelection) -> Clip:
+        if "bad" in ref.id:
+            raise ClipError(f"{ref.source} is broken")
+        if "short" in ref.id:
+            raise ShortClip("window of 2 frames, got 1")
+        value = int("".join(c for c in ref.id if c.isdigit()))
+        return Clip(ref.id, torch.full((2, 3, 8, 8), value % 256, dtype=torch.uint8), torch.arange(2))
+
+    monkeypatch.setattr(pipeline, "load_clip", load)
+
+
+def refs(*ids: str) -> list[ClipRef]:
+    return [ClipRef(i, f"/data/{i}") for i in ids]
+
+
+def test_values_arrive_at_their_clip_and_layer(clips, tmp_path):
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs("a1", "a2", "a3"), Ramp(), store, batch_size=2)
+    assert report.written == 3
+    for n in (1, 2, 3):
+        for layer in (0, 1):
+            assert store.read(f"a{n}", layer).data.unique().tolist() == [n + layer]
+
+
+def test_bad_clips_cost_only_themselves(clips, tmp_path):
+    outcomes = []
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(
+        refs("a1", "bad1", "a2", "bad2"), Ramp(), store, batch_size=2, progress=lambda *o: outcomes.append(o)
+    )
+    assert (report.written, report.failed) == (2, 2)
+    assert store.ids() == ["a1", "a2"]
+    assert store.failures()["bad1"] == {"id": "bad1", "stage": "decode", "reason": "/data/bad1 is broken"}
+    assert report.failures == {f"bad{i}": f"decode: /data/bad{i} is broken" for i in (1, 2)}
+    assert sorted(o[:2] for o in outcomes) == [
+        ("a1", "written"), ("a2", "written"), ("bad1", "failed"), ("bad2", "failed"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("short", "skipped", "failed"), [("skip", 1, 0), ("error", 0, 1)])
+def test_short_clips_are_skipped_or_fail_as_asked(clips, tmp_path, short, skipped, failed):
+    store = FeatureStore.create(tmp_path / "s", spec(frames=FrameSelection(window=2, short=short)))
+    report = extract(refs("a1", "short1"), Ramp(), store)
+    assert (report.written, report.skipped, report.failed) == (1, skipped, failed)
+
+
+def test_overflow_and_non_finite_features_fail_their_clip_and_name_the_layer(clips, tmp_path):
+    class Wild(Ramp):
+        def forward(self, state, step, noise):
+            x = state[:, None].expand(-1, 32, 8)
+            self.blocks[0](x)
+            self.blocks[1](torch.where(x == 7, 1e5, torch.where(x == 8, float("nan"), x)))
+
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs("a1", "a7", "a8"), Wild(), store, batch_size=3)
+    assert store.ids() == ["a1"]
+    assert report.failures == {
+        "a7": "features: features of layer1 overflow float16: largest magnitude 100000; try bfloat16",
+        "a8": "features: features of layer1 are not finite",
+    }
+    wide = FeatureStore.create(tmp_path / "wide", spec(dtype="bfloat16"))
+    assert extract(refs("a7"), Wild(), wide).written == 1
+
+
+def test_auto_batch_halves_when_memory_runs_out_and_loses_no_clip(clips, tmp_path):
+    ids = [f"a{n}" for n in range(9)]
+    adapter, store = Ramp(most_in_memory=1), FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*ids), adapter, store, batch_size="auto")
+    assert (report.written, report.batch_size) == (9, 1)
+    assert adapter.batches[:3] == [4, 2, 1]
+    assert [store.read(i, 0).data.unique().item() for i in ids] == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "message"), [(4, 2, "batch size 4: use a smaller"), (1, 0, "one clip alone")]
+)
+def test_memory_that_cannot_do_ends_the_run_with_the_numbers(clips, tmp_path, batch, most, message):
+    store = FeatureStore.create(tmp_path / "s", spec())
+    with pytest.raises(MemoryError, match=message):
+        extract(refs("a1", "a2"), Ramp(most_in_memory=most), store, batch_size=batch)
+    assert store.failures() == {}  # running again with another batch size takes these clips
+
+
+def test_queues_are_bounded_when_writing_is_slow(clips, tmp_path, monkeypatch):
+    """A slow writer stalls the loaders: decoded clips never pile up."""
+    alive, most, lock = set(), [0], threading.Lock()
+    load, store_write = pipeline.load_clip, FeatureStore.write
+
+    def loading(ref, selection):
+        with lock:
+            alive.add(ref.id)
+            most[0] = max(most[0], len(alive))
+        return load(ref, selection)
+
+    def slow_write(self, clip_id, *args):
+        time.sleep(0.01)
+        size = store_write(self, clip_id, *args)
+        with lock:
+            alive.discard(clip_id)
+        return size
+
+    monkeypatch.setattr(pipeline, "load_clip", loading)
+    monkeypatch.setattr(FeatureStore, "write", slow_write)
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*(f"a{n}" for n in range(60))), Ramp(), store, batch_size=2, loaders=2, writers=1)
+    assert report.written == 60
+    assert most[0] <= 2 + 2 + 2 + 2 * 1 + 2  # ahead (loaders + batch), a batch on the device, writes under way
+
+
+def test_memory_is_flat_over_hundreds_of_clips(clips, tmp_path):
+    """500 clips of 0.5 MB each: the second half adds less than a tenth of what passed through."""
+
+    class Wide(Ramp):
+        channels = 4096
+
+        def forward(self, state, step, noise):
+            x = state[:, None].expand(-1, 32, 4096).clone()
+            for block in self.blocks:
+                x = block(x)
+
+    resident = []
+
+    def watch(*outcome):
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*(f"a{n}" for n in range(500))), Wide(), store, batch_size=4, progress=watch)
+    assert report.written == 500
+    passed = sum(store.path(i).stat().st_size for i in store.ids()) / 2
+    assert passed > 100e6
+    assert max(resident[250:]) - max(resident[:250]) < passed / 10
+
+
+def test_an_interrupt_keeps_what_was_done_and_reports_it(clips, tmp_path):
+    settled = []
+
+    def stop_after_three(clip_id, outcome, reason):
+        settled.append(clip_id)
+        if len(settled) == 3:
+            raise KeyboardInterrupt
+
+    store = FeatureStore.create(tmp_path / "s", spec())
+    ids = [f"a{n}" for n in range(50)]
+    report = extract(refs(*ids), Ramp(), store, progress=stop_after_three)
+    assert report.interrupted
+    done = len(store)
+    assert 3 <= done == report.written < 50
+    assert store.verify() == []
+    rest = extract(refs(*ids), Ramp(), store)
+    assert (rest.present, rest.written, len(store)) == (done, 50 - done, 50)

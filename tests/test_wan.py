@@ -1,0 +1,152 @@
+"""Wan's features equal those that plain hooks take from the whole library pipeline, bit for bit."""
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from PIL import Image
+from spatialprobe.engine.adapters.wan import Wan
+from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.extract import batch_noise
+from spatialprobe.engine.tap import Taps
+from spatialprobe.engine.types import Clip
+
+SIZE = (64, 96)
+CPU = torch.device("cpu")
+
+
+def adapter(path, **options) -> Wan:
+    return Wan(Checkpoint.open(str(path)), {**Wan.OPTIONS, "size": SIZE, **options})
+
+
+def clip(frames=9, size=(48, 80)) -> Clip:
+    pixels = torch.randint(0, 256, (frames, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return Clip("a", pixels, torch.arange(frames))
+
+
+def features(wan, clip, layers, step, noise) -> dict[int, torch.Tensor]:
+    plan = wan.plan(len(clip.frames), tuple(range(len(clip.frames))))
+    out = {}
+    taps = Taps(wan.blocks, layers)
+    with torch.inference_mode():
+        state = wan.encode({k: v[None] for k, v in wan.prepare(clip, plan).items()}, plan)
+        with taps.into(lambda layer, x: out.__setitem__(layer, wan.grid(x, state, plan).clone())):
+            wan.forward(state, step, noise)
+    taps.remove()
+    return out
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_hooks_on_the_whole_pipeline(wan_path, tmp_path, dtype, tiling):
+    size = (288, 64) if tiling else SIZE  # tiles are 256 pixels high
+    wan = adapter(wan_path, size=size, vae_tiling=tiling)
+    wan.load(3, CPU, dtype, tmp_path)
+    sample = clip()
+    noise = torch.randn(1, *wan.noise_shape(wan.plan(9, tuple(range(9)))), generator=torch.Generator().manual_seed(5))
+    mine = features(wan, sample, (0, 2), 749, noise)
+
+    pipe = WanPipeline.from_pretrained(wan_path, dtype=dtype)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=3.0)
+    pipe.scheduler.set_timesteps(1000)
+    for p in pipe.components.values():  # loaded weights are mapped from the file, mine are aligned copies
+        if isinstance(p, torch.nn.Module):
+            for q in p.parameters():
+                q.data = q.data.clone()
+    if tiling:
+        pipe.vae.enable_tiling()
+    theirs = {}
+    for i in (0, 2):
+        pipe.transformer.blocks[i].register_forward_hook(lambda m, a, out, i=i: theirs.__setitem__(i, out.clone()))
+    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in sample.frames]
+    with torch.inference_mode():
+        video = pipe.video_processor.preprocess_video(images, height=size[0], width=size[1]).to(dtype)
+        shape = (1, -1, 1, 1, 1)
+        mean = torch.tensor(pipe.vae.config.latents_mean).view(shape).to(dtype)
+        inverse = 1.0 / torch.tensor(pipe.vae.config.latents_std).view(shape).to(dtype)
+        latents = (pipe.vae.encode(video).latent_dist.mean - mean) * inverse
+        timestep = pipe.scheduler.timesteps[749][None]
+        text, _ = pipe.encode_prompt("", do_classifier_free_guidance=False, max_sequence_length=226)
+        noisy = pipe.scheduler.add_noise(latents, noise.to(dtype), timestep)
+        pipe.transformer(noisy.to(dtype), timestep, text)
+    assert len(pipe.transformer.blocks) == 4  # the whole model ran, mine has 3 blocks
+    for i in (0, 2):
+        assert torch.equal(mine[i].flatten(1, 3), theirs[i])
+
+
+def test_only_the_wanted_blocks_are_loaded(wan_path, tmp_path):
+    read = {}
+    for depth in (1, 2, 4):
+        wan = adapter(wan_path)
+        wan.load(depth, CPU, torch.float32, tmp_path)
+        assert len(wan.blocks) == depth
+        read[depth] = wan.checkpoint.bytes_read
+    block = sum(p.nbytes for p in wan.blocks[0].parameters())
+    assert read[2] - read[1] == block
+    assert read[4] - read[1] == 3 * block
+
+
+def test_no_text_encoder_is_left_and_none_is_loaded_again(wan_path, tmp_path, monkeypatch):
+    wan = adapter(wan_path)
+    wan.load(1, CPU, torch.float32, tmp_path)
+    modules = [v for v in vars(wan).values() if isinstance(v, torch.nn.Module)]
+    assert {type(m).__name__ for m in modules} == {"WanTransformer3DModel", "AutoencoderKLWan", "ModuleList"}
+    assert wan.vae.decoder is None
+    monkeypatch.setattr("transformers.UMT5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("loaded again"))
+    again = adapter(wan_path)
+    again.load(1, CPU, torch.float32, tmp_path)
+    assert torch.equal(again.prompt, wan.prompt)
+
+
+def test_rows_follow_the_published_map_and_the_models_own_order(wan_path, tmp_path):
+    wan = adapter(wan_path)
+    plan = wan.plan(81, tuple(range(81)))
+    assert list(plan.rows) == [(f + 3) // 4 for f in range(81)]
+    assert wan.plan(10, (0,)).grid[0] == 4  # frame 9 opens a row of its own
+    wan.load(2, CPU, torch.float32, tmp_path)
+    plain, marked = clip(), clip()
+    marked.frames[5:, :, 24:, 40:] = 255  # bottom right, from frame 5 on
+    noise = torch.zeros(1, *wan.noise_shape(wan.plan(9, (0,))))
+    change = features(wan, marked, (0,), 999, noise)[0] - features(wan, plain, (0,), 999, noise)[0]
+    where = change.abs().amax(-1)[0]  # [3, 4, 6]
+    assert int(where.flatten(1).mean(1).argmax()) == plan.rows[5] == 2
+    quarters = where[2].view(2, 2, 2, 3).mean((1, 3))  # [top or bottom, left or right]
+    assert int(quarters.argmax()) == 3
+
+
+def test_step_749_is_timestep_502(wan_path, tmp_path):
+    wan = adapter(wan_path)
+    wan.load(1, CPU, torch.float32, tmp_path)
+    step = wan.describe_step(749)
+    assert step["timestep"] == 502
+    latents, noise = torch.zeros(1, 16, 1, 1, 1), torch.ones(1, 16, 1, 1, 1)
+    added = wan.scheduler.add_noise(latents, noise, wan.scheduler.timesteps[749][None])
+    assert step["sigma"] == pytest.approx(float(added.max()), abs=1e-6)
+    assert step["sigma"] == pytest.approx(0.5023, abs=1e-4)
+
+
+def test_noise_is_per_seed_clip_and_step():
+    from spatialprobe.engine.extract import Prepared
+    from spatialprobe.engine.types import ClipRef
+
+    def draw(seed, clip_id, step):
+        return batch_noise([Prepared(ClipRef(clip_id, ""))], (2, 3), seed, step, CPU)
+
+    base = draw(0, "a", 1)
+    assert torch.equal(base, draw(0, "a", 1))
+    for other in (draw(1, "a", 1), draw(0, "b", 1), draw(0, "a", 2)):
+        assert not torch.equal(base, other)
+    pair = batch_noise([Prepared(ClipRef(i, "")) for i in "ba"], (2, 3), 0, 1, CPU)
+    assert torch.equal(pair[1:], base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (60, 96)}, "multiples of 16"),
+        ({"prompt_tokens": 0}, "prompt_tokens"),
+        ({"flow_shift": -1.0}, "flow_shift"),
+    ],
+)
+def test_options_the_model_cannot_take(wan_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        adapter(wan_path, **options).check_options()
