@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
+
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.types import Clip, Plan
-from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]  # what `prepare` makes of one clip, and, stacked on a first dimension B, what `encode` takes
 

@@ -5,9 +5,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from spatialprobe.engine.job import Job
+if TYPE_CHECKING:
+    from spatialprobe.engine.job import Job
+
+# Before torch is imported: threads that spin while they wait stall the loader threads, threefold on a busy CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones and switches are written out below
     "model": ("NAME", "preset (see `engine models`), Hub id, or local folder"),
@@ -80,6 +84,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("store")
     sub = command("verify", verify, "re-read a whole store and report every damaged file")
     sub.add_argument("store")
+    sub = command("export", export, "write a store as the files of the published research code")
+    sub.add_argument("store")
+    sub.add_argument("dump", help="folder to write <model>/<split>/<clip>/feature_*.sft into")
+    sub.add_argument("--layout", choices=["probing"], required=True, help="the layout to write")
+    sub.add_argument("--name", help="of the model's folder (default: the model as it was named to extract)")
+    sub.add_argument("--split", default="", help="folder between model and clip, for ids that lack their split")
+    sub.add_argument("--fill-missing", action="store_true", help="NaN for rows the store left out, instead of an error")
+
+    sub = command("import", import_dump, "make a store of a dump of the published research code")
+    sub.add_argument("dump", help="<model> folder of the published layout")
+    sub.add_argument("store")
+    sub.add_argument("--family", required=True, help="wan, qwen3_vl, cogvideox, ... : says which row sees a frame")
+    sub.add_argument("--layers", metavar="I,J", required=True, help="blocks; hsK for files named feature_layerK")
+    sub.add_argument("--steps", metavar="I,J", default="")
+    sub.add_argument("--window", metavar="N", default="81", help="frames the clips were cut to (default: 81)")
+    sub.add_argument("--query", metavar="FRAMES", help="frames shown to the model (default: the family's)")
+
     sub = command("demo", demo, "render scenes, build tiny models, extract, and write a page about it")
     sub.add_argument("--out", default="demo", help="folder to write (default: demo)")
     return top
@@ -114,7 +135,11 @@ def extract(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_job(args: argparse.Namespace) -> Job:
+def read_job(args: argparse.Namespace) -> "Job":
+    from dataclasses import fields
+
+    from spatialprobe.engine.job import Job
+
     given = {f.name: getattr(args, f.name, None) for f in fields(Job) if f.name != "options"}
     words = {name: value for name, value in given.items() if value is not None}
     options = {name: getattr(args, name) for name in ("prompt", "size") if getattr(args, name) is not None}
@@ -163,6 +188,52 @@ def verify(args: argparse.Namespace) -> int:
         print(problem)
     print(f"{len(store)} clips read, {len(problems)} problems")
     return 1 if problems else 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from spatialprobe.engine.layouts import export_probing
+    from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.store import FeatureStore
+
+    store = FeatureStore.open(args.store)
+    name = args.name or Path(store.about.get("model", args.store)).name
+    with bar(total=len(store), unit="clip") as progress:
+        done = export_probing(
+            store, args.dump, name, args.split, fill_missing=args.fill_missing, progress=progress.update
+        )
+    return print_transfer(done)
+
+
+def import_dump(args: argparse.Namespace) -> int:
+    from spatialprobe.engine.job import layer_list, numbers, positive
+    from spatialprobe.engine.layouts import import_probing
+    from spatialprobe.engine.presets import FAMILIES, STUDY_QUERY
+    from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.types import FrameSelection
+
+    steps = numbers("steps", args.steps) if args.steps else []
+    known = FAMILIES.get(args.family)
+    query = args.query or (known.query if known else ":" if steps else STUDY_QUERY)
+    with bar(total=None, unit="clip") as progress:
+        _, done = import_probing(
+            args.dump,
+            args.store,
+            family=args.family,
+            layers=tuple(sorted(set(layer_list("layers", args.layers)))),
+            steps=tuple(sorted(set(steps))),
+            frames=FrameSelection(window=positive("window", args.window), query=query),
+            progress=progress.update,
+        )
+    return print_transfer(done)
+
+
+def print_transfer(done) -> int:
+    print(f"{done.written} clips written, {done.present} there before, {len(done.failed)} failed")
+    for clip_id, reason in sorted(done.failed.items()):
+        print(f"  {clip_id}  {reason}", file=sys.stderr)
+    return 1 if done.failed else 0
 
 
 def demo(args: argparse.Namespace) -> int:

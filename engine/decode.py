@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile
+from torch import Tensor
+
 from spatialprobe.engine import video
 from spatialprobe.engine.sources import image_files
 from spatialprobe.engine.types import Clip, ClipError, ClipRef, FrameSelection, ShortClip
-from torch import Tensor
 
 # A window that starts below this is decoded from the first frame on. Above, reading the packets of the whole file in
 # search of a keyframe is cheaper; encoders place one every 250 frames or more often.

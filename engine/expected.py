@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from spatialprobe.engine.clipfile import Entry
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, tensor_name
 from spatialprobe.kernels.pool_features import QUANTISED_MAX
-from torch import Tensor
 
 PROVENANCE = {  # keys that every clip's provenance has
     "grid": "[T, H, W] of the model's tokens, before rows were chosen and tokens pooled",

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
+from torch import Tensor
+
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.decode import load_clip
 from spatialprobe.engine.store import FeatureStore
@@ -29,7 +31,6 @@ from spatialprobe.engine.types import (
     tensor_name,
 )
 from spatialprobe.kernels.pool_features import Finished, finish, pool_features
-from torch import Tensor
 
 AUTO_BATCH = 4  # where batch_size="auto" starts before it halves
 

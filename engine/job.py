@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from spatialprobe.engine.adapter import Adapter
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family

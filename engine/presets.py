@@ -1,14 +1,16 @@
 """Every model and family we know, in two tables. Another size of a known family is one more line.
 
 `layer` i is the output of block i (transformers calls the same tensor hidden_states[i + 1]). `step` is an index into
-the schedule of 1000 steps, noisiest first: Wan's step 749 is timestep 502. Nothing here imports a model library.
+the schedule of 1000 steps, noisiest first: Wan's step 749 is timestep 502. Importing this is quick: no torch.
 """
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from spatialprobe.engine.adapter import Adapter
-from spatialprobe.engine.checkpoint import Checkpoint
+if TYPE_CHECKING:
+    from spatialprobe.engine.adapter import Adapter
+    from spatialprobe.engine.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ PRESETS = {
 }
 
 
-def adapter_class(family: str) -> type[Adapter]:
+def adapter_class(family: str) -> "type[Adapter]":
     module, name = FAMILIES[family].adapter.split(":")
     return getattr(import_module(module), name)
 
 
-def detect_family(checkpoint: Checkpoint) -> str:
+def detect_family(checkpoint: "Checkpoint") -> str:
     """The family of a checkpoint, by what its own configs call it. Raises ValueError for one we do not know."""
     marks = []
     for file, key in (("model_index.json", "_class_name"), ("config.json", "model_type")):

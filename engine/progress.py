@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from spatialprobe.engine.extract import Report
-from spatialprobe.engine.store import FeatureStore
 from tqdm import tqdm
 
+from spatialprobe.engine.extract import Report
+from spatialprobe.engine.store import FeatureStore
 
-def bar(total: int, unit: str) -> tqdm:
+
+def bar(total: int | None, unit: str) -> tqdm:
     """A progress bar on a terminal, nothing elsewhere."""
     return tqdm(total=total, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+
 from spatialprobe.engine.types import ClipRef, check_clip_id
 
 # Containers that state their own length, so that a cut file can be told from a short one. MPEG-TS, MPEG-PS and raw

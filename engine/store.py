@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from spatialprobe.engine.clipfile import SUFFIX, BadFile, Entry, clip_files, read_header, write_file
 from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
 from spatialprobe.engine.expected import differences, mismatches, quantised, row_mismatches
@@ -21,7 +23,6 @@ from spatialprobe.engine.failures import append_failure, read_failures
 from spatialprobe.engine.types import Features, FeatureSpec, check_clip_id, tensor_name
 from spatialprobe.engine.verify import StoreInfo, reread, summarize
 from spatialprobe.kernels.pool_features import dequantize
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ F frames of a clip's window, T feature rows, H x W token grid, C channels, B cli
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -78,7 +79,8 @@ class FrameSelection:
             raise ValueError(f"start must be 'start', 'center', 'start_idx' or a frame number, got {self.start!r}")
         if self.short not in get_args(Short):
             raise ValueError(f"short must be one of {', '.join(get_args(Short))}, got {self.short!r}")
-        parse_query(self.query, self.window or 1_000_000)
+        longest = 1 + max(map(int, re.findall(r"[0-9]+", self.query)), default=0)  # frames that the query names
+        parse_query(self.query, self.window or min(longest, 1_000_000))
 
 
 def parse_query(query: str, window: int) -> tuple[int, ...]:

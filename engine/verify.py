@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
+
 from spatialprobe.engine.clipfile import CHUNK, SUFFIX, BadFile, all_files, clip_files, expected_checksum, read_header
 from spatialprobe.engine.durable import dead_runs
 from spatialprobe.engine.expected import mismatches, row_mismatches

@@ -19,6 +19,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
+
 from spatialprobe.engine.types import ClipError
 
 CONTAINERS = "mov,matroska,avi"

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+
 from spatialprobe.engine.checkpoint import Checkpoint, content_hash, empty_module, load_weights
 from spatialprobe.engine.presets import detect_family
-from torch import nn
 
 
 class Net(nn.Module):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from spatialprobe.engine.demo.checkpoints import TINY, build_qwen3_vl, build_wan_t2v
 from torch import Tensor
+
+from spatialprobe.engine.demo.checkpoints import TINY, build_qwen3_vl, build_wan_t2v
 
 
 def files(folder):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.job import Job, resolve, select_shard
 from spatialprobe.engine.store import FeatureStore
@@ -82,6 +83,25 @@ def test_failed_clips_are_listed_retried_and_exit_1(words, clips_path, make_clip
     assert main([*words, "--retry-failed"]) == 0
     assert "1 written, 0 there before, 0 failed, 0 skipped of 1 clips" in capsys.readouterr().out
     assert store.failures() == {}
+
+
+def test_export_and_import_bring_a_store_back(words, tmp_path, capsys):
+    assert main(words) == 0
+    store = FeatureStore.open(words[5])
+    assert main(["export", words[5], str(tmp_path / "dump"), "--layout", "probing", "--name", "tiny"]) == 0
+    assert "5 clips written, 0 there before, 0 failed" in capsys.readouterr().out
+    assert (tmp_path / "dump/tiny/clip3/feature_t749_layer2.sft").is_file()
+    arguments = ["--family", "wan", "--layers", "0,2", "--steps", "749", "--window", "9"]
+    assert main(["import", str(tmp_path / "dump/tiny"), str(tmp_path / "back"), *arguments]) == 0
+    back = FeatureStore.open(tmp_path / "back")
+    assert back.ids() == store.ids()
+    a, b = (s.read_raw("clip3", 2, 749) for s in (store, back))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.equal(b[name]), name
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "nowhere"), str(tmp_path / "dump"), "--layout", "probing"]) == 2
+    assert "is not a feature store" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

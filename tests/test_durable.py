@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from spatialprobe.engine.durable import RunFolder, StoreFull
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection

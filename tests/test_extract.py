@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.job import Job, resolve

@@ -69,7 +69,7 @@ def test_probes_never_import_adapters():
 def test_listing_models_loads_no_model_library():
     code = (
         "import sys; from spatialprobe.engine.cli import main; main(['models']);"
-        f"print(sorted({MODEL_LIBRARIES!r} & set(sys.modules)))"
+        f"print(sorted({MODEL_LIBRARIES | {'torch'}!r} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"

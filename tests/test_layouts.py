@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from spatialprobe.engine.layouts import export_probing, import_probing
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name

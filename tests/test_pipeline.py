@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.adapter import Adapter
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Clip, ClipError, ClipRef, FeatureSpec, FrameSelection, Plan, ShortClip
-from torch import nn
 
 TOKENS = (2, 4, 4)
 

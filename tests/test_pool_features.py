@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from spatialprobe.kernels.pool_features import dequantize, finish, pool_features, token_stats
 
 

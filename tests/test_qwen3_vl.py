@@ -3,11 +3,12 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+
 from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL, fit_pixels
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.types import Clip
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 SIZE = (70, 100)
 CPU = torch.device("cpu")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+
 from spatialprobe.engine.demo.furniture import KINDS, ROOMS, Part
 from spatialprobe.engine.demo.layout import SceneObject, fits
 from spatialprobe.engine.demo.patterns import PATTERNS, Finish

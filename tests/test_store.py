@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from spatialprobe.engine import verify
 from spatialprobe.engine.clipfile import write_file
 from spatialprobe.engine.store import FeatureStore

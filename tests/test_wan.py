@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from PIL import Image
+
 from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.extract import batch_noise

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
+
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.types import Clip, Plan
-from torch import Tensor, nn
 
 INTRODUCTION = "The following images are consecutive frames from a video.\n"
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.types import Clip, Plan
-from torch import Tensor, nn
 
 NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many
 

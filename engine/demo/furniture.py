@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
 from spatialprobe.engine.demo.patterns import Colour, Finish, mix
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from spatialprobe.engine.demo.furniture import KINDS, Part
 
 CAMERA_CLEARANCE = 0.5  # metres from the camera's path to any object, seen from above

@@ -7,6 +7,7 @@ The light is simple: one lamp, no cast shadows; nearness to floor and furniture 
 from dataclasses import dataclass
 
 import numpy as np
+
 from spatialprobe.engine.demo.furniture import Part
 from spatialprobe.engine.demo.layout import footprint_distance
 from spatialprobe.engine.demo.patterns import PATTERNS

@@ -15,6 +15,7 @@ import av
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
+
 from spatialprobe.engine.demo.render import Frame, render_clip
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, NO_TAG, Scene, resized
 from spatialprobe.engine.types import check_clip_id

@@ -12,6 +12,7 @@ u = fx * X / Z + cx, and the image spans u from -0.5 to W - 0.5. Depth is Z, not
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from spatialprobe.engine.demo.furniture import FABRICS, ROOMS, WHITE, finish
 from spatialprobe.engine.demo.layout import SceneObject, furnish
 from spatialprobe.engine.demo.patterns import Finish, mix

@@ -1,0 +1,59 @@
+"""`engine demo`: scenes, tiny models, extraction, verification and a page about it, with no network and no GPU."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from spatialprobe.engine.demo.checkpoints import TINY
+from spatialprobe.engine.demo.page import Showcase, write_page
+from spatialprobe.engine.demo.scene_files import write_demo
+from spatialprobe.engine.demo.scenes import make_scene
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.progress import summary
+from spatialprobe.engine.run import run_job
+
+FRAMES, HEIGHT, WIDTH = 17, 160, 256
+SCENES = 6  # half of them videos, half image folders
+
+MODELS = {  # name of the tiny checkpoint -> the words of its job
+    "wan-t2v": {"layers": "1,3", "steps": "749,900", "options": {"size": f"{HEIGHT}x{WIDTH}"}},
+    # a token of Qwen3-VL is 32 pixels wide, Wan's 16: twice the size gives the same grid
+    "qwen3-vl": {"layers": "3", "query": "::4", "options": {"size": f"{2 * HEIGHT}x{2 * WIDTH}"}},
+}
+
+
+def run_demo(out: str) -> int:
+    """Writes everything below `out`; returns 0 if all clips were extracted and every file reads back whole."""
+    root, started = Path(out), time.perf_counter()
+    if root.exists() and any(root.iterdir()) and not (root / "clips.jsonl").exists():
+        raise ValueError(f"{root} is not empty and was not made by the demo; choose another folder with --out")
+    shutil.rmtree(root, ignore_errors=True)
+    clips = render_scenes(root)
+    shows = []
+    for name, words in MODELS.items():
+        print(f"building {name}, {TINY[name].small}")
+        checkpoint = TINY[name].build(root / "checkpoints" / name)
+        job = Job.from_words(
+            {"clips": str(clips), "model": str(checkpoint), "out": str(root / "stores" / name), "window": FRAMES}
+            | words
+        )
+        report, store = run_job(job)
+        print(summary(report, store.root))
+        shows.append(Showcase(name, job, report, store, store.verify()))
+    page = write_page(root, shows, FRAMES, time.perf_counter() - started)
+    print(f"{time.perf_counter() - started:.0f} s in all; now open {page}")
+    return 0 if all(show.report.written == SCENES and not show.problems for show in shows) else 1
+
+
+def render_scenes(root: Path) -> Path:
+    """Renders the scenes with their labels; returns the list file of the clips."""
+    print(f"rendering {SCENES} scenes of {FRAMES} frames, {HEIGHT}x{WIDTH}")
+    lines = []
+    for seed in range(SCENES):
+        scene = make_scene(seed, frames=FRAMES, height=HEIGHT, width=WIDTH)
+        path = write_demo(root / "scenes", scene, kind="video" if seed % 2 == 0 else "images")
+        lines.append(json.dumps({"id": scene.id, "path": str(path.relative_to(root))}))
+    clips = root / "clips.jsonl"
+    clips.write_text("\n".join(lines) + "\n")
+    return clips
