@@ -40,7 +40,7 @@ class Work:
         return counted
 
     def measure(self, run: Callable[[], object]) -> dict:
-        """Runs once: {"seconds", "peak_bytes", "counts"}. The peak is this process's during the run, weights and all."""
+        """Runs once: {"seconds", "peak_bytes", "counts"}. The peak is this process's in that time, weights and all."""
         gc.collect()
         self.counts.clear()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
@@ -78,7 +78,8 @@ class Engine:
             device="cpu",
         )
         resolved = resolve(job)
-        self.job, self.spec, self.adapter, self.refs = job, resolved.spec, resolved.adapter, job_clips(job)
+        self.job, self.refs = job, job_clips(job)
+        self.spec, self.adapter, self.batch = resolved.spec, resolved.adapter, resolved.batch
         dtype = COMPUTE_DTYPES[self.spec.compute_dtype]
         self.adapter.load(resolved.depth, resolved.device, dtype, Path(task["scratch"]) / "cache")
         self.work = Work(self.adapter.vae, self.adapter.blocks)
@@ -88,12 +89,12 @@ class Engine:
         from spatialprobe.engine.store import FeatureStore
 
         store = FeatureStore.create(out, replace(self.spec, pool=pool and tuple(pool)))
-        job, reports = self.job, []
+        workers = {"loaders": self.job.loaders, "writers": self.job.writers}
+        reports = []
         measured = self.work.measure(
-            lambda: reports.append(
-                extract(self.refs, self.adapter, store, batch_size=job.batch, loaders=job.loaders, writers=job.writers)
-            )
+            lambda: reports.append(extract(self.refs, self.adapter, store, batch_size=self.batch, **workers))
         )
+        assert reports[0].written == len(self.refs), reports[0].failures
         return measured | {"report": asdict(reports[0])}
 
 

@@ -52,6 +52,8 @@ class ClipRef:
 
     def __post_init__(self):
         check_clip_id(self.id)
+        if self.start_idx is not None and self.start_idx < 0:
+            raise ValueError(f"clip {self.id}: start_idx must be a frame number from 0, got {self.start_idx}")
 
 
 @dataclass(frozen=True)
