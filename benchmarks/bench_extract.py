@@ -20,13 +20,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
+
 from spatialprobe.engine.demo.checkpoints import build_wan_t2v
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.kernels.pool_features import pool_features
 
-# A VAE pass costs about 11 of these blocks: Wan-14B's costs 4 of its own, Wan-1.3B's 17.
-CHECKPOINT = {"num_layers": 24, "heads": 4, "head_dim": 96, "vae_dim": 4}
+# A VAE pass costs 10 to 13 of these blocks: Wan-14B's costs 4 of its own (6 with tiles), Wan-1.3B's 17.
+CHECKPOINT = {"num_layers": 24, "heads": 5, "head_dim": 96, "vae_dim": 4}
 TASK = {
     "layers": [9, 11],  # so 12 of 24 blocks are needed; the study's Wan features need 21 of 40 or of 30
     "steps": [449, 599, 749, 899],
@@ -35,10 +37,12 @@ TASK = {
     "seed": 0,
     "threads": len(os.sched_getaffinity(0)),  # torch's, for each contender; the engine's loaders share these cores
 }
-SOURCE = (540, 960)  # pixels of the clips' PNG files, the study's own size
-CLIPS = 2
+# Pixels of the clips' PNG files, the study's own. Decoding a clip costs about 15 blocks; beside a GPU, where a block of
+# Wan-14B takes .05 s and a clip's decode 5 to 10 s of a core, it weighs more.
+SOURCE = (540, 960)
+CLIPS = 4
 POOL = [3, 5]  # a quarter of the tokens, as the study's probes see of Wan
-ROUNDS = 1
+ROUNDS = 5
 LEAST_SHARE = 0.9  # of the predicted ratio
 
 
@@ -133,6 +137,7 @@ def test_clips_per_second(benchmark, task, tmp_path, show, record):
     result = summarize({name: answers[1:] or answers for name, answers in rounds.items()}, folders)
     benchmark.extra_info.update(result)
     show(table(result))
+    # Overlap on 2 cores only fills what torch's own threads leave idle, so no more than the saved work is asked for.
     assert result["ratio"]["reached"] >= LEAST_SHARE * result["ratio"]["predicted"]
     assert result["engine"]["peak_mb"] < result["plain"]["peak_mb"]
     record("extract-cpu", result)
@@ -154,74 +159,69 @@ def assert_same_features(folders: dict[str, Path]) -> None:
 
 def summarize(rounds: dict[str, list[dict]], folders: dict[str, Path]) -> dict:
     """Medians over rounds, and both predictions from the counted work and the parts' times."""
-    parts = {name: statistics.median(r[name] for r in rounds["parts"]) for name in rounds["parts"][0]}
-    result = {
-        "shapes": {
-            "checkpoint": CHECKPOINT,
-            "task": TASK,
-            "clips": CLIPS,
-            "source": SOURCE,
-            "pool": POOL,
-            "rounds": ROUNDS,
-        },
+    shapes = {"clips": CLIPS, "source": SOURCE, "pool": POOL, "rounds": ROUNDS}
+    parts = {name: round(statistics.median(r[name] for r in rounds["parts"]), 5) for name in rounds["parts"][0]}
+    rows = {name: summarize_contender(rounds[name], folders[name], parts) for name in ("plain", "engine", "pooled")}
+    stages = [r["report"]["timing"]["stages"] for r in rounds["engine"]]
+    rows["engine"]["stages_seconds"] = {
+        name: round(statistics.median(r[name]["seconds"] for r in stages), 4) for name in stages[0]
+    }
+    ratio = {
+        "predicted": rows["plain"]["predicted_seconds"] / rows["engine"]["predicted_seconds"],
+        "reached": rows["plain"]["seconds"] / rows["engine"]["seconds"],
+        "reached_pooled": rows["plain"]["seconds"] / rows["pooled"]["seconds"],
+    }
+    return {
+        "shapes": CHECKPOINT | TASK | shapes,
         "dtype": {"compute": "float32", "stored": "float16"},
-        "parts_seconds": {name: round(value, 5) for name, value in parts.items()},
+        "parts_seconds": parts,
+        **rows,
+        "ratio": {name: round(value, 3) for name, value in ratio.items()},
     }
-    stored = {
-        "plain": len(list(folders["plain"].rglob("*.sft"))),
-        "engine": tensors_stored(folders["engine"]),
-        "pooled": tensors_stored(folders["pooled"]),
-    }
-    for name in ("plain", "engine", "pooled"):
-        counts = rounds[name][0]["counts"]
-        assert all(r["counts"] == counts for r in rounds[name]), f"{name} did not do the same work in every round"
-        assert counts["images"] % (CLIPS * TASK["window"]) == 0, f"{name} decoded parts of clips: {counts}"
-        work = {
-            "decode": counts["images"] // TASK["window"],
-            "encode": counts["encodes"],
-            "block": counts["blocks"],
-            "save": stored[name],
-        }
-        seconds = statistics.median(r["seconds"] for r in rounds[name])
-        result[name] = {
-            "seconds": round(seconds, 4),
-            "spread": [round(f(r["seconds"] for r in rounds[name]), 4) for f in (min, max)],
-            "predicted_seconds": round(sum(parts[part] * count for part, count in work.items()), 4),
-            "clips_per_s": round(CLIPS / seconds, 4),
-            "work_per_clip": {part: count / CLIPS for part, count in work.items()},
-            "peak_mb": round(max(r["peak_bytes"] for r in rounds[name]) / 1e6, 1),
-            "disk_mb": round(sum(p.stat().st_size for p in folders[name].rglob("*") if p.is_file()) / 1e6, 2),
-        }
-    reports = [r["report"]["timing"] for r in rounds["engine"]]
-    result["engine"]["stages_seconds"] = {
-        stage: round(statistics.median(r["stages"][stage]["seconds"] for r in reports), 4)
-        for stage in reports[0]["stages"]
-    }
-    plain, engine = result["plain"], result["engine"]
-    result["ratio"] = {
-        "predicted": round(plain["predicted_seconds"] / engine["predicted_seconds"], 3),
-        "reached": round(plain["seconds"] / engine["seconds"], 3),
-        "reached_pooled": round(plain["seconds"] / result["pooled"]["seconds"], 3),
-    }
-    return result
 
 
-def tensors_stored(root: Path) -> int:
-    store = FeatureStore.open(root)
-    return len(store) * len(store.spec.tensors())
+def summarize_contender(rounds: list[dict], folder: Path, parts: dict[str, float]) -> dict:
+    """Times are of a round of CLIPS clips. `predicted_seconds` adds up the parts' times, one thing after the other."""
+    counts = rounds[0]["counts"]
+    assert all(r["counts"] == counts for r in rounds), "not the same work in every round"
+    assert counts["images"] % (CLIPS * TASK["window"]) == 0, f"parts of clips were decoded: {counts}"
+    work = {
+        "decode": counts["images"] // TASK["window"],
+        "encode": counts["encodes"],
+        "block": counts["blocks"],
+        "save": tensors_stored(folder),
+    }
+    seconds = [r["seconds"] for r in rounds]
+    return {
+        "clips_per_s": round(CLIPS / statistics.median(seconds), 4),
+        "seconds": round(statistics.median(seconds), 4),
+        "seconds_range": [round(min(seconds), 4), round(max(seconds), 4)],
+        "cpu_seconds": round(statistics.median(r["cpu_seconds"] for r in rounds), 4),
+        "predicted_seconds": round(sum(parts[part] * count for part, count in work.items()), 4),
+        "work_per_clip": {part: count / CLIPS for part, count in work.items()},
+        "peak_mb": round(max(r["peak_bytes"] for r in rounds) / 1e6, 1),
+        "disk_mb": round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6, 2),
+    }
+
+
+def tensors_stored(folder: Path) -> int:
+    """Feature tensors in the files of a plain dump (`feat`) or a store (whose statistics are called `layer9.mean`)."""
+    stored = 0
+    for path in [*folder.rglob("*.sft"), *folder.rglob("*.safetensors")]:
+        with safe_open(path, "pt") as file:
+            stored += sum(name == "feat" or (name.startswith("layer") and "." not in name) for name in file.keys())
+    return stored
 
 
 def table(result: dict) -> str:
     names = {"plain": "plain loop", "engine": "engine", "pooled": f"engine, pooled to {POOL[0]}x{POOL[1]}"}
-    head = f"{'':24}{'clips/s':>9}{'s/round':>9}{'predicted':>11}{'peak MB':>9}{'disk MB':>9}"
+    head = f"{'':24}{'clips/s':>9}{'s/round':>9}{'predicted':>11}{'CPU s':>8}{'peak MB':>9}{'disk MB':>9}"
     lines = [head + "".join(f"{part + 's':>9}" for part in result["parts_seconds"]) + "  per clip"]
     for key, name in names.items():
         row = result[key]
-        lines.append(
-            f"{name:24}{row['clips_per_s']:9.3f}{row['seconds']:9.2f}{row['predicted_seconds']:11.2f}"
-            f"{row['peak_mb']:9.0f}{row['disk_mb']:9.1f}"
-            + "".join(f"{count:9g}" for count in row["work_per_clip"].values())
-        )
+        line = f"{name:24}{row['clips_per_s']:9.3f}{row['seconds']:9.2f}{row['predicted_seconds']:11.2f}"
+        line += f"{row['cpu_seconds']:8.2f}{row['peak_mb']:9.0f}{row['disk_mb']:9.1f}"
+        lines.append(line + "".join(f"{count:9g}" for count in row["work_per_clip"].values()))
     lines.append("one alone, ms: " + ", ".join(f"{k} {v * 1e3:.2f}" for k, v in result["parts_seconds"].items()))
     stages = result["engine"]["stages_seconds"].items()
     lines.append("engine's stages, s per round: " + ", ".join(f"{stage} {value:.2f}" for stage, value in stages))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.expected import differences
 from spatialprobe.engine.extract import AUTO_BATCH, plan_clip
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.run import job_clips
@@ -22,7 +23,7 @@ def plan_lines(job: Job) -> Iterator[str]:
     done = 0
     if (Path(job.out) / "spec.json").exists():
         store = FeatureStore.open(job.out)
-        if store.spec != spec:
+        if differences(store.spec, spec):
             yield f"store    {job.out} holds features of another spec: extract would refuse it"
         else:
             there = set(store.ids())

@@ -119,15 +119,17 @@ def extract(
                 skip = isinstance(prepared.error, ShortClip) and spec.frames.short == "skip"
                 settle(prepared, "skipped" if skip else "failed", "decode", str(prepared.error))
             for clips in batcher.within_memory(batch.clips):
+                features = None
                 try:
-                    features = run_batch(clips, batcher.size, adapter, spec, taps, clock)
+                    features = run_batch(clips, batcher.size, adapter, spec, taps, host, clock)
                 except torch.OutOfMemoryError as error:
-                    batcher.halve(clips, error)
+                    reason = str(error).splitlines()[0]
+                if features is None:  # halve out here: the error's traceback holds on to the batch's memory
+                    batcher.halve(clips, reason)
                     continue
-                copied = host.copy(features)
                 for b, prepared in enumerate(clips):
                     prepared.inputs = None  # a window of pixels: not to be kept until the write is through
-                    writes.append((prepared, write_pool.submit(write, b, prepared, copied, adapter, store, clock)))
+                    writes.append((prepared, write_pool.submit(write, b, prepared, features, adapter, store, clock)))
                 with clock.host("wait for writers"):
                     collect(limit=2 * writers)
         collect(limit=0)
@@ -231,10 +233,10 @@ class Batcher:
         while self._left:
             yield [self._left.popleft() for _ in range(min(self.size, len(self._left)))]
 
-    def halve(self, clips: list[Prepared], error: torch.OutOfMemoryError) -> None:
+    def halve(self, clips: list[Prepared], reason: str) -> None:
         if self.size == 1 or not self.may_halve:
             hint = "one clip alone does not fit" if self.size == 1 else "use a smaller batch size, or auto"
-            raise MemoryError(f"out of device memory at batch size {self.size}: {hint} ({str(error).splitlines()[0]})")
+            raise MemoryError(f"out of device memory at batch size {self.size}: {hint} ({reason})")
         self._left.extendleft(reversed(clips))
         self.size //= 2
         torch.cuda.empty_cache()
@@ -245,14 +247,21 @@ class Batcher:
 
 @dataclass
 class BatchFeatures:
-    """Finished features of a batch and, per tensor and clip, the largest magnitude before rounding."""
+    """A batch's finished features in host memory, whole once `copied` has happened."""
 
     tensors: dict[str, Finished]
-    peaks: dict[str, Tensor]  # float32 [B]
+    peaks: dict[str, Tensor]  # float32 [B]: per tensor and clip, the largest magnitude before rounding
+    copied: "torch.cuda.Event | None" = None
 
 
 def run_batch(
-    clips: list[Prepared], size: int, adapter: Adapter, spec: FeatureSpec, taps: Taps, clock: Clock
+    clips: list[Prepared],
+    size: int,
+    adapter: Adapter,
+    spec: FeatureSpec,
+    taps: Taps,
+    host: "HostCopies",
+    clock: Clock,
 ) -> BatchFeatures:
     """Encodes once, then runs the blocks once per noise step, keeping only pooled rows of the wanted layers."""
     plan, device = clips[0].plan, torch.device(adapter.device)
@@ -262,8 +271,9 @@ def run_batch(
     out = BatchFeatures({}, {})
 
     def keep(name: str, pooled: Tensor) -> None:
-        out.tensors[name] = finish(pooled, STORE_DTYPES[spec.dtype])
-        out.peaks[name] = pooled.abs().flatten(1).amax(1)
+        out.peaks[name] = host.copy(pooled.abs().flatten(1).amax(1))
+        finished = finish(pooled, STORE_DTYPES[spec.dtype])
+        out.tensors[name] = Finished(*(host.copy(x) for x in vars(finished).values()))
 
     with clock.on_device("upload"):
         inputs = {name: upload([clip.inputs[name] for clip in padded], device) for name in clips[0].inputs}
@@ -287,12 +297,16 @@ def run_batch(
     with clock.on_device("finish"):
         for layer, pooled in merged.items():
             keep(tensor_name(layer), pooled)
+    out.copied = host.event()
     return out
 
 
 def upload(tensors: list[Tensor], device: torch.device) -> Tensor:
-    batch = torch.stack(tensors)
-    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+    if device.type != "cuda":
+        return torch.stack(tensors)
+    shape = (len(tensors), *tensors[0].shape)
+    staged = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)  # a caching allocator: buffers are reused
+    return torch.stack(tensors, out=staged).to(device, non_blocking=True)
 
 
 def batch_noise(
@@ -310,43 +324,39 @@ def batch_noise(
 
 
 class HostCopies:
-    """Copies finished features off the device: on CUDA on a stream of its own, into pinned memory."""
+    """Copies finished features off the device as they come: on CUDA on a stream of its own, into pinned memory."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, features: BatchFeatures) -> tuple[BatchFeatures, "torch.cuda.Event | None"]:
-        """The features in host memory, complete once the event has happened."""
-        if self.stream is None:
-            return features, None
-        self.stream.wait_stream(torch.cuda.current_stream())
+    def copy(self, x: Tensor | None) -> Tensor | None:
+        if x is None or self.stream is None:
+            return x
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self.stream):
-            tensors = {
-                name: Finished(*(self._pinned(t) for t in (f.data, f.scale, f.mean, f.rstd)))
-                for name, f in features.tensors.items()
-            }
-            copied = BatchFeatures(tensors, {name: self._pinned(peak) for name, peak in features.peaks.items()})
-            event = torch.cuda.Event()
-            event.record(self.stream)
-        return copied, event
-
-    def _pinned(self, x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # a caching allocator: buffers are reused
-        host.copy_(x, non_blocking=True)
+            host.copy_(x, non_blocking=True)
         x.record_stream(self.stream)
         return host
+
+    def event(self) -> "torch.cuda.Event | None":
+        """Happens once all copies so far are whole."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
 
 
 # -- writer threads -------------------------------------------------------------------------------------------------
 
 
-def write(b: int, prepared: Prepared, copied: tuple, adapter: Adapter, store: FeatureStore, clock: Clock) -> None:
+def write(
+    b: int, prepared: Prepared, features: BatchFeatures, adapter: Adapter, store: FeatureStore, clock: Clock
+) -> None:
     """Checks and stores clip `b` of a batch. Raises ClipError for features that must not be stored."""
-    features, event = copied
-    if event is not None:
-        event.synchronize()
+    if features.copied is not None:
+        features.copied.synchronize()
     spec, tensors = store.spec, {}
     for name, finished in features.tensors.items():
         peak = float(features.peaks[name][b])

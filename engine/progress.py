@@ -71,5 +71,5 @@ def store_lines(store: FeatureStore) -> Iterator[str]:
     for name, shapes in info.shapes.items():
         for shape, clips in shapes.items():
             yield f"{name}: {list(shape)} {store.spec.dtype} in {clips} clips"
-    yield f"spec {store.spec.hash}:"
+    yield f"spec {store.spec_hash}:"
     yield store.spec.to_json()

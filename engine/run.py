@@ -47,6 +47,6 @@ def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureSto
     else:
         report = Report(asked=len(refs), present=len(refs))
     shard = f"-{job.shard.replace('/', 'of')}" if job.shard else ""
-    record = {"started": started.isoformat(timespec="seconds"), "spec": store.spec.hash, "job": asdict(job)}
+    record = {"started": started.isoformat(timespec="seconds"), "spec": store.spec_hash, "job": asdict(job)}
     (store.root / f"run{shard}.json").write_text(json.dumps(record | asdict(report), indent=1))
     return report, store

@@ -103,7 +103,7 @@ class FeatureStore:
         return sum(entry.stat().st_size for _, entry in clip_files(self.clips))
 
     def info(self) -> StoreInfo:
-        """What the files' headers say. 75 us a clip, several times that from a cold disk."""
+        """What the files' headers say. About 0.1 ms a clip, three times that from a cold disk."""
         return summarize(self)
 
     def verify(self, *, threads: int = 2, progress: Callable[[int], object] = lambda files: None) -> list[str]:

@@ -87,7 +87,12 @@ class Qwen3VL(Adapter):
             return_tensors="pt",
         )
         ids = self.tokenizer(self._text(plan), return_tensors="pt")["input_ids"][0]
-        return {"pixel_values": images["pixel_values"], "image_grid_thw": images["image_grid_thw"], "input_ids": ids}
+        return {
+            "pixel_values": images["pixel_values"],
+            "image_grid_thw": images["image_grid_thw"],
+            "input_ids": ids,
+            "image_positions": (ids == self.config["image_token_id"]).nonzero()[:, 0],  # here, not on the device
+        }
 
     def _text(self, plan: Plan) -> str:
         """The prompt as the model's chat template writes it, with a placeholder per image token."""
@@ -97,21 +102,21 @@ class Qwen3VL(Adapter):
 
     def encode(self, inputs: Inputs, plan: Plan) -> Inputs:
         # Without noise steps there is one forward per clip, so the vision tower runs inside it, once.
-        ids = inputs["input_ids"]
-        return {
-            "input_ids": ids,
-            "mm_token_type_ids": (ids == self.config["image_token_id"]).int(),
-            "pixel_values": inputs["pixel_values"].flatten(0, 1).to(self.dtype),
-            "image_grid_thw": inputs["image_grid_thw"].flatten(0, 1),
-        }
+        return inputs
 
     def forward(self, state: Inputs, step: None, noise: None) -> None:
-        self.model(**state, use_cache=False)
+        ids = state["input_ids"]
+        self.model(
+            input_ids=ids,
+            mm_token_type_ids=(ids == self.config["image_token_id"]).int(),
+            pixel_values=state["pixel_values"].flatten(0, 1).to(self.dtype),
+            image_grid_thw=state["image_grid_thw"].flatten(0, 1),
+            use_cache=False,
+        )
 
     def grid(self, tokens: Tensor, state: Inputs, plan: Plan) -> Tensor:
         # Equal plans have equal prompts, so the image tokens are at the same places in every clip of the batch.
-        seen = tokens[:, state["mm_token_type_ids"][0].bool()]
-        return seen.unflatten(1, plan.grid)
+        return tokens[:, state["image_positions"][0]].unflatten(1, plan.grid)
 
 
 def fit_pixels(height: int, width: int, cell: int, least: int, most: int) -> tuple[int, int]:

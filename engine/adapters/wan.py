@@ -97,6 +97,7 @@ class Wan(Adapter):
             self.checkpoint.json("scheduler/scheduler_config.json"), flow_shift=self.options["flow_shift"]
         )
         self.scheduler.set_timesteps(NUM_STEPS)
+        self.timesteps, self.sigmas = (x.to(device) for x in (self.scheduler.timesteps, self.scheduler.sigmas))
         shape = (1, -1, 1, 1, 1)
         self.latent_mean = torch.tensor(self.vae_config["latents_mean"]).view(shape).to(device, dtype)
         self.latent_inverse_std = 1.0 / torch.tensor(self.vae_config["latents_std"]).view(shape).to(device, dtype)
@@ -134,15 +135,19 @@ class Wan(Adapter):
         return (self.vae.encode(pixels).latent_dist.mean - self.latent_mean) * self.latent_inverse_std
 
     def forward(self, state: Tensor, step: int, noise: Tensor) -> None:
-        timestep = self.scheduler.timesteps[step].to(self.device).expand(len(state))
-        noisy = self.scheduler.add_noise(state, noise.to(state), timestep[:1])
-        self.transformer(noisy.to(self.dtype), timestep, self.prompt.expand(len(state), -1, -1), return_dict=False)
+        # The scheduler's add_noise, without its search for the timestep on the device, which would stall the queue.
+        sigma = self.sigmas[self._sigma_index(step)].to(state.dtype)
+        noisy = (1 - sigma) * state + sigma * noise.to(state.dtype)
+        timestep = self.timesteps[step].expand(len(state))
+        self.transformer(noisy, timestep, self.prompt.expand(len(state), -1, -1), return_dict=False)
+
+    def _sigma_index(self, step: int) -> int:
+        # Integer timesteps repeat in a schedule of 1000; add_noise takes the sigma of the second of a pair.
+        return self.scheduler.index_for_timestep(self.scheduler.timesteps[step])
 
     def describe_step(self, step: int) -> dict[str, float]:
-        # Integer timesteps repeat in a schedule of 1000; add_noise takes the sigma of the second of a pair.
-        timestep = self.scheduler.timesteps[step]
-        sigma = self.scheduler.sigmas[self.scheduler.index_for_timestep(timestep)]
-        return {"timestep": int(timestep), "sigma": round(float(sigma), 6)}
+        sigma = self.scheduler.sigmas[self._sigma_index(step)]
+        return {"timestep": int(self.scheduler.timesteps[step]), "sigma": round(float(sigma), 6)}
 
     def grid(self, tokens: Tensor, state: Tensor, plan: Plan) -> Tensor:
         return tokens.unflatten(1, plan.grid)

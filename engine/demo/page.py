@@ -117,7 +117,7 @@ def run_section(show: Showcase) -> Iterator[str]:
         yield f"<tr><td>{tensor}</td><td>{shape}</td><td>{show.store.spec.dtype}</td></tr>"
     yield "</table>"
     verified = "every file read back whole" if not show.problems else "; ".join(map(escape, show.problems))
-    yield f"<p>Store {show.store.spec.hash}: {info.clips} files, {info.bytes / 1e6:.2f} MB; verified: {verified}.</p>"
+    yield f"<p>Store {show.store.spec_hash}: {info.clips} files, {info.bytes / 1e6:.2f} MB; verified: {verified}.</p>"
 
 
 def feature_images(store: FeatureStore, layer: int, step: int | None) -> dict[str, list[np.ndarray]]:
