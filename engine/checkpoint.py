@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # configs, tokenizers: all that a plan needs
+STEMS = ("model", "diffusion_pytorch_model")  # of weight files: transformers', diffusers'
 SAMPLE_BYTES = 512  # read at the start, middle and end of every tensor for the content hash
 
 
@@ -82,14 +83,19 @@ class Checkpoint:
     def tensor_files(self, folder: str = "") -> dict[str, str]:
         """{tensor name: file that holds it} for the safetensors of `folder`."""
         prefix = f"{folder}/" if folder else ""
-        for stem in ("model", "diffusion_pytorch_model"):
+        for stem in STEMS:
             if self.has(index := f"{prefix}{stem}.safetensors.index.json"):
                 return {name: prefix + shard for name, shard in self.json(index)["weight_map"].items()}
-        for stem in ("model", "diffusion_pytorch_model"):
-            if self.has(single := f"{prefix}{stem}.safetensors") or self.repo:
-                with _open_shard(self.file(single)) as shard:
-                    return dict.fromkeys(shard.keys(), single)
-        raise ValueError(f"checkpoint {self.root / folder} has no safetensors weights (pickled weights are not read)")
+        reasons = []
+        for single in (f"{prefix}{stem}.safetensors" for stem in STEMS):
+            try:
+                path = self.file(single)
+            except ValueError as error:
+                reasons.append(str(error))
+                continue
+            with _open_shard(path) as shard:
+                return dict.fromkeys(shard.keys(), single)
+        raise ValueError(f"no safetensors weights (pickled ones are not read): {'; '.join(reasons)}")
 
 
 def _from_hub(what: str, fetch: Callable[[], str]) -> Path:

@@ -127,3 +127,42 @@ def test_hub_layout_is_read_from_the_local_cache(wan_path, tmp_path, monkeypatch
     assert checkpoint.tensor_files("transformer") == Checkpoint.open(str(wan_path)).tensor_files("transformer")
     with pytest.raises(ValueError, match=r"owner/wan/absent\.json is not in the local Hub cache"):
         checkpoint.file("absent.json")
+
+
+def test_from_the_hub_only_files_of_wanted_blocks_are_fetched(wan_path, tmp_path, monkeypatch):
+    """A Hub that serves a local folder: configs at once, then just the shards that hold the first block and the VAE."""
+    import fnmatch
+
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from spatialprobe.engine.adapters.wan import Wan
+
+    commit, fetched = "f" * 40, []
+    cache = tmp_path / "cache" / commit
+
+    def fetch(name):
+        if not (wan_path / name).is_file():
+            raise EntryNotFoundError(f"no {name}")
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(wan_path / name, cache / name)
+        fetched.append(name)
+
+    def snapshot_download(repo, revision=None, allow_patterns=()):
+        names = [str(p.relative_to(wan_path)) for p in wan_path.rglob("*") if p.is_file()]
+        for name in names:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                fetch(name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, revision: fetch(name) or cache / name)
+    wan = Wan(Checkpoint.open("owner/wan"), {**Wan.OPTIONS, "size": (64, 96)})
+    assert not any(name.endswith(".safetensors") for name in fetched)
+    wan.load(1, torch.device("cpu"), torch.float32, tmp_path / "prompts")
+    index = json.loads(next((wan_path / "transformer").glob("*.index.json")).read_text())["weight_map"]
+    wanted = {f for name, f in index.items() if not name.startswith(("blocks.1.", "blocks.2.", "blocks.3."))}
+    shards = {name for name in fetched if name.startswith("transformer/") and name.endswith(".safetensors")}
+    assert shards == {f"transformer/{f}" for f in wanted}
+    assert len(shards) < len(set(index.values()))
+    assert wan.checkpoint.identity == f"hub:owner/wan@{commit}"
