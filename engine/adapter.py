@@ -1,15 +1,17 @@
 """What a model family must say about itself; everything else is shared. `engine/adapters/wan.py` is a whole one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.types import Clip, Plan
+from spatialprobe.engine.durable import RunFolder, make_folder, publish, sync_file
+from spatialprobe.engine.types import Clip, FeatureSpec, Plan, parse_query
 
 Inputs = dict[str, Tensor]  # what `prepare` makes of one clip, and, stacked on a first dimension B, what `encode` takes
 
@@ -24,7 +26,11 @@ class Adapter(ABC):
     num_layers: int  # blocks of the whole model
     num_steps: int  # length of the noise schedule, 0 for models without noise
     channels: int  # C
-    blocks: Sequence[nn.Module]  # after `load`: the blocks that layers count, in the order they run
+
+    # after `load`
+    device: torch.device
+    dtype: torch.dtype
+    blocks: Sequence[nn.Module]  # the blocks that layers count, in the order they run
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]):
         self.checkpoint, self.options = checkpoint, options
@@ -43,7 +49,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def encode(self, inputs: Inputs, plan: Plan) -> Any:
-        """Everything that does not depend on the noise step, once per batch: VAE or vision tower."""
+        """What does not depend on the noise step, once per batch: the VAE. What it returns goes to `forward`."""
 
     @abstractmethod
     def forward(self, state: Any, step: int | None, noise: Tensor | None) -> None:
@@ -72,3 +78,27 @@ class Adapter(ABC):
     def weight_bytes(self, depth: int, dtype: torch.dtype) -> int:
         """Bytes of the weights that `load(depth)` holds, a few percent low where parts stay float32."""
         return sum(p.numel() * dtype.itemsize for module in self.skeleton(depth) for p in module.parameters())
+
+
+def plan_clip(frames: int, adapter: Adapter, spec: FeatureSpec) -> tuple[Plan, tuple[int, ...]]:
+    """The plan for a window of `frames` frames and the feature rows to keep. Raises ValueError if it cannot be met."""
+    query = parse_query(spec.frames.query, frames)
+    plan = adapter.plan(frames, query)
+    if spec.pool is not None and (spec.pool[0] > plan.grid[1] or spec.pool[1] > plan.grid[2]):
+        raise ValueError(f"pool must be at most the model's {plan.grid[1]}x{plan.grid[2]} tokens, got {spec.pool}")
+    return plan, plan.wanted_rows(query)
+
+
+def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that take long to compute, from the file `path` if it is there. Safe from kills and other processes."""
+    if not path.exists():
+        make_folder(path.parent)
+        run = RunFolder(path.parent / "tmp")
+        try:
+            temp = run.file()
+            save_file(compute(), temp)
+            sync_file(temp)
+            publish(temp, path)
+        finally:
+            run.close()
+    return load_file(path)

@@ -1,4 +1,5 @@
-"""The `engine` command: words in, exit code out. 0 all done, 1 some clips failed or damaged, 2 bad arguments."""
+"""The `engine` command: words in, exit code out. 0 all done, 1 clips failed or damaged, or the disk or memory
+is full, 2 bad arguments, 130 interrupted."""
 
 import argparse
 import os
@@ -41,7 +42,9 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
+    args.words = words
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -79,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--retry-failed", action="store_true", help="only clips that failed before")
     sub.add_argument("--dry-run", action="store_true", help="print the plan; load and write nothing")
 
-    command("models", models, "presets and what they cost")
+    command("models", models, "presets, their token grids and the layers the study used")
     sub = command("info", info, "what a store holds")
     sub.add_argument("store")
     sub = command("verify", verify, "re-read a whole store and report every damaged file")
@@ -111,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
 
 def extract(args: argparse.Namespace) -> int:
     from spatialprobe.engine.progress import summary
-    from spatialprobe.engine.run import run_job
+    from spatialprobe.engine.run import open_run
 
     job = read_job(args)
     if args.dry_run:
@@ -120,8 +123,12 @@ def extract(args: argparse.Namespace) -> int:
         for line in plan_lines(job):
             print(line)
         return 0
-    report, store = run_job(job, retry_failed=args.retry_failed)
-    print(summary(report, store.root))
+    run = open_run(job, retry_failed=args.retry_failed)
+    try:
+        report = run.extract()
+    except ValueError as error:  # the arguments were good: this is a bug, and its traceback is wanted
+        raise RuntimeError("extraction failed") from error
+    print(summary(report, run.store.root))
     if report.interrupted:
         print("interrupted: run the same command again to go on", file=sys.stderr)
         return 130
@@ -129,7 +136,7 @@ def extract(args: argparse.Namespace) -> int:
         print(f"{report.failed} clips failed:", file=sys.stderr)
         for clip_id, reason in report.failures.items():
             print(f"  {clip_id}  {reason}", file=sys.stderr)
-        words = [w for w in sys.argv[1:] if w != "--retry-failed"]
+        words = [word for word in args.words if word != "--retry-failed"]
         print(f"to retry them: {shlex.join(['engine', *words, '--retry-failed'])}", file=sys.stderr)
         return 1
     return 0
@@ -193,7 +200,7 @@ def verify(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from spatialprobe.engine.layouts import export_probing
+    from spatialprobe.engine.probing_files import export_probing
     from spatialprobe.engine.progress import bar
     from spatialprobe.engine.store import FeatureStore
 
@@ -208,8 +215,8 @@ def export(args: argparse.Namespace) -> int:
 
 def import_dump(args: argparse.Namespace) -> int:
     from spatialprobe.engine.job import layer_list, numbers, positive
-    from spatialprobe.engine.layouts import import_probing
     from spatialprobe.engine.presets import FAMILIES, STUDY_QUERY
+    from spatialprobe.engine.probing_files import import_probing
     from spatialprobe.engine.progress import bar
     from spatialprobe.engine.types import FrameSelection
 

@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.decode import load_clip
-from spatialprobe.engine.expected import differences
-from spatialprobe.engine.extract import AUTO_BATCH, plan_clip
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.queues import BatchSize
 from spatialprobe.engine.run import job_clips
+from spatialprobe.engine.schema import differences
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, Plan
 
@@ -46,7 +47,7 @@ def plan_lines(job: Job) -> Iterator[str]:
     yield f"window   {frames} frames{first}, {len(plan.shown)} shown to the model at {plan.size[0]}x{plan.size[1]}"
     kept = spec.pool or plan.grid[1:]
     yield f"tokens   {'x'.join(map(str, plan.grid))}, kept {len(rows)}x{kept[0]}x{kept[1]}, {adapter.channels} channels"
-    batch = AUTO_BATCH if resolved.batch == "auto" else resolved.batch
+    batch = BatchSize.AUTO if resolved.batch == "auto" else resolved.batch
     activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
     yield (
         f"memory   {_gb(weights)} weights + about {_gb(activations)} activations at batch {batch}, "

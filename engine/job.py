@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spatialprobe.engine.adapter import Adapter
+from spatialprobe.engine.adapter import Adapter, plan_clip
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, FrameSelection
@@ -18,7 +18,7 @@ ALL = 0  # as window: every frame from `start` on
 
 @dataclass
 class Job:
-    """The words of `engine extract`, on the command line and in a TOML job file. None: the model's or the machine's."""
+    """The words of `engine extract`, on the command line and in a TOML job file. None: a default or no limit."""
 
     clips: str
     model: str  # preset name, Hub id, or local folder
@@ -189,6 +189,8 @@ def resolve(job: Job) -> Resolved:
         options={k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
         versions={name: version(name) for name in ("spatialprobe", "torch", "pillow", "av", *cls.LIBRARIES)},
     )
+    if spec.frames.window is not None:
+        plan_clip(spec.frames.window, adapter, spec)  # raises for a window, query or pool the model cannot do
     about = {"model": job.model, "repo": checkpoint.repo or str(checkpoint.root), "compute": job.compute}
     # On the CPU a batch is no faster, and a clip's place in it changes the last bits of matrix products.
     batch = 1 if device.type == "cpu" else job.batch
@@ -243,7 +245,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     """An option's value as its default's type; text of the command line is parsed."""
     try:
         if isinstance(default, tuple):
-            return parse_size(value) if isinstance(value, str) else tuple(int(v) for v in value)
+            return parse_size(name, value) if isinstance(value, str) else tuple(int(v) for v in value)
         if isinstance(default, bool):
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(default, str) and not isinstance(value, str):
@@ -254,11 +256,11 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         raise ValueError(f"option {name} must be {kind}, got {value!r}") from None
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(name: str, text: str) -> tuple[int, int]:
     """ "15x26" -> (15, 26), height first."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ValueError(f"size must be HEIGHTxWIDTH like 15x26, got {text!r}")
+        raise ValueError(f"{name} must be HEIGHTxWIDTH like 15x26, got {text!r}")
     return int(parts[0]), int(parts[1])
 
 
@@ -285,7 +287,7 @@ def _steps(job: Job, default: int | None, adapter: Adapter) -> tuple[int, ...]:
 def _pool(job: Job, preset) -> tuple[int, int] | None:
     if job.pool is None:
         return preset.pool if preset else None
-    return None if job.pool == "none" else parse_size(job.pool)
+    return None if job.pool == "none" else parse_size("pool", job.pool)
 
 
 def select_shard(refs: list, shard: str | None, limit: int | None) -> list:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Family:
     adapter: str  # "module:Class", imported when a model of the family is used
-    kind: str  # "video generator" or "vision-language model"
     marks: tuple[str, ...]  # `_class_name` in model_index.json or `model_type` in config.json
     window: int  # frames, as in the published study
     query: str  # frames of the window whose features are wanted
@@ -26,10 +25,8 @@ class Family:
 STUDY_QUERY = "0,1:76:4"  # 0, 1, 5, ..., 73
 
 FAMILIES = {
-    "wan": Family("spatialprobe.engine.adapters.wan:Wan", "video generator", ("WanPipeline",), 81, ":", 749),
-    "qwen3_vl": Family(
-        "spatialprobe.engine.adapters.qwen3_vl:Qwen3VL", "vision-language model", ("qwen3_vl",), 81, STUDY_QUERY
-    ),
+    "wan": Family("spatialprobe.engine.adapters.wan:Wan", ("WanPipeline",), 81, ":", 749),
+    "qwen3_vl": Family("spatialprobe.engine.adapters.qwen3_vl:Qwen3VL", ("qwen3_vl",), 81, STUDY_QUERY),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spatialprobe.engine.extract import Report
+from spatialprobe.engine.report import Report
 from spatialprobe.engine.store import FeatureStore
 
 

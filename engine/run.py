@@ -1,12 +1,13 @@
 """One job from words to a filled store, with its records: `run.json` (the report) and `log.jsonl` (a line per clip)."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from spatialprobe.engine.extract import Report, extract
-from spatialprobe.engine.job import Job, resolve, select_shard
+from spatialprobe.engine.extract import extract
+from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
 from spatialprobe.engine.progress import RunLog
+from spatialprobe.engine.report import Report
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
@@ -17,14 +18,46 @@ def job_clips(job: Job) -> list[ClipRef]:
     return select_shard(list_clips(job.clips, job.layout, targets=job.targets), job.shard, job.limit)
 
 
-def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureStore]:
-    """Extracts what the store lacks of a job's clips. The model is loaded only if there is something to do.
+@dataclass
+class Run:
+    """A job that passed every check: store open, model loaded if there is something to do."""
 
-    Raises ValueError for a job that cannot be done, before anything is written.
+    job: Job
+    resolved: Resolved
+    refs: list[ClipRef]
+    store: FeatureStore
+    missing: int  # clips of `refs` that the store lacks
+
+    def extract(self) -> Report:
+        """Extracts the missing clips, with a line per clip in `log.jsonl` and the report in `run.json`."""
+        started = datetime.now(UTC)
+        if self.missing:
+            with RunLog(self.store.root / "log.jsonl", total=self.missing) as log:
+                report = extract(
+                    self.refs,
+                    self.resolved.adapter,
+                    self.store,
+                    batch_size=self.resolved.batch,
+                    loaders=self.job.loaders,
+                    writers=self.job.writers,
+                    progress=log.clip,
+                )
+        else:
+            report = Report(asked=len(self.refs), present=len(self.refs))
+        shard = f"-{self.job.shard.replace('/', 'of')}" if self.job.shard else ""
+        record = {"started": started.isoformat(timespec="seconds"), "spec": self.store.spec_hash}
+        record |= {"job": asdict(self.job)} | asdict(report)
+        self.store.write_record(f"run{shard}.json", json.dumps(record, indent=1))
+        return report
+
+
+def open_run(job: Job, *, retry_failed: bool = False) -> Run:
+    """Checks a job against the model, the clips and the store, and loads the model.
+
+    Raises ValueError for a job that cannot be done: bad words before anything is written, bad weights after the store
+    was made.
     """
-    started = datetime.now(UTC)
-    resolved = resolve(job)
-    refs = job_clips(job)
+    resolved, refs = resolve(job), job_clips(job)
     store = FeatureStore.create(job.out, resolved.spec, resolved.about)
     if retry_failed:
         failed = store.failures()
@@ -34,19 +67,10 @@ def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureSto
     if missing:
         dtype = COMPUTE_DTYPES[resolved.spec.compute_dtype]
         resolved.adapter.load(resolved.depth, resolved.device, dtype, store.root / "cache")
-        with RunLog(store.root / "log.jsonl", total=missing) as log:
-            report = extract(
-                refs,
-                resolved.adapter,
-                store,
-                batch_size=resolved.batch,
-                loaders=job.loaders,
-                writers=job.writers,
-                progress=log.clip,
-            )
-    else:
-        report = Report(asked=len(refs), present=len(refs))
-    shard = f"-{job.shard.replace('/', 'of')}" if job.shard else ""
-    record = {"started": started.isoformat(timespec="seconds"), "spec": store.spec_hash, "job": asdict(job)}
-    (store.root / f"run{shard}.json").write_text(json.dumps(record | asdict(report), indent=1))
-    return report, store
+    return Run(job, resolved, refs, store, missing)
+
+
+def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureStore]:
+    """Extracts what the store lacks of a job's clips."""
+    run = open_run(job, retry_failed=retry_failed)
+    return run.extract(), run.store

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from spatialprobe.engine.clipfile import SUFFIX, BadFile, Entry, clip_files, read_header, write_file
 from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
-from spatialprobe.engine.expected import differences, mismatches, quantised, row_mismatches
 from spatialprobe.engine.failures import append_failure, read_failures
-from spatialprobe.engine.types import Features, FeatureSpec, check_clip_id, tensor_name
+from spatialprobe.engine.schema import differences, mismatches, quantised, row_mismatches
+from spatialprobe.engine.types import Features, FeatureSpec, check_clip_id, rows_of, tensor_name
 from spatialprobe.engine.verify import StoreInfo, reread, summarize
 from spatialprobe.kernels.pool_features import dequantize
 
@@ -145,6 +145,13 @@ class FeatureStore:
                 temp.unlink(missing_ok=True)
         return size
 
+    def write_record(self, name: str, text: str) -> None:
+        """Writes a small file beside the clips, whole or not at all; one of that name is replaced."""
+        with room_for(self.root / name, len(text)):
+            temp = self.run.file()
+            write_text(temp, text)
+            publish(temp, self.root / name)
+
     def record_failure(self, clip_id: str, stage: str, reason: str) -> None:
         """Adds a line to `failed.jsonl`. Safe from several threads and processes."""
         append_failure(self.root / "failed.jsonl", clip_id, stage, reason)
@@ -182,10 +189,10 @@ class FeatureStore:
         name = self._name(layer, step)
         with self._explained(clip_id) as path, safe_open(path, "pt") as file:
             rows = file.get_tensor("rows").tolist()
-            unseen = [f for f in frames if not 0 <= f < len(rows) or rows[f] < 0]
-            if unseen:
-                raise KeyError(f"clip {clip_id}: no feature row sees frames {unseen}")
-            wanted = [rows[f] for f in frames]
+            try:
+                wanted = rows_of(rows, frames)
+            except KeyError as error:
+                raise KeyError(f"clip {clip_id}: {error.args[0]}") from None
             read, kept = {}, [name] + ([f"{name}.scale"] if quantised(self.spec) else [])
             slices = [file.get_slice(key) for key in kept]
             for row in set(wanted):

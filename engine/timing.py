@@ -4,7 +4,7 @@ import resource
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,19 +23,29 @@ class Clock:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def add(self, stage: str, seconds: float, nbytes: int = 0) -> None:
+    def add(self, stage: str, *, seconds: float = 0.0, nbytes: int = 0) -> None:
         with self._lock:
             self._seconds[stage] += seconds
             self._bytes[stage] += nbytes
 
     @contextmanager
-    def host(self, stage: str, nbytes: int = 0) -> Iterator[None]:
+    def host(self, stage: str) -> Iterator[None]:
         """Times work of the calling thread."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.add(stage, time.perf_counter() - start, nbytes)
+            self.add(stage, seconds=time.perf_counter() - start)
+
+    def waiting(self, stage: str, items: Iterable) -> Iterator:
+        """The items, timing how long each is waited for."""
+        items, end = iter(items), object()
+        while True:
+            with self.host(stage):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item
 
     @contextmanager
     def on_device(self, stage: str, out_of: str | None = None) -> Iterator[None]:
@@ -61,9 +71,9 @@ class Clock:
         del self._events[:count]
 
     def _add_nested(self, stage: str, out_of: str | None, seconds: float) -> None:
-        self.add(stage, seconds)
+        self.add(stage, seconds=seconds)
         if out_of is not None:
-            self.add(out_of, -seconds)
+            self.add(out_of, seconds=-seconds)
 
     def summary(self) -> dict:
         """{"seconds", "busy", "peak_memory_bytes", "stages": {name: {"seconds", "gb_per_s"}}}.

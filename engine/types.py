@@ -3,9 +3,9 @@
 F frames of a clip's window, T feature rows, H x W token grid, C channels, B clips in a batch, K noise steps.
 """
 
-import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -160,6 +160,8 @@ class FeatureSpec:
         ):
             if value not in table:
                 raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
+        if self.merge_steps and not self.steps:
+            raise ValueError("merge_steps needs steps to merge, got none")
         if self.pool is not None and (len(self.pool) != 2 or min(self.pool) < 1):
             raise ValueError(f"pool must be two positive numbers, H and W, got {self.pool}")
 
@@ -178,13 +180,9 @@ class FeatureSpec:
             raw[name] = None if raw[name] is None else tuple(raw[name])
         return cls(**raw)
 
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
-
     def tensors(self) -> list[tuple[int, int | None]]:
         """(layer, step) of every stored tensor; step is None where there is none or they are merged."""
-        steps = self.steps if self.steps and not self.merge_steps else (None,)
+        steps = (None,) if self.merge_steps or not self.steps else self.steps
         return [(layer, step) for layer in self.layers for step in steps]
 
 
@@ -208,10 +206,15 @@ class Features:
 
     def at(self, frames: Tensor) -> Tensor:  # int64 [S] -> [S, H, W, C]
         """Features that see these frames of the window. Raises KeyError for a frame that no row sees."""
-        rows = self.rows[frames]
-        if (rows < 0).any():
-            raise KeyError(f"no feature row sees frames {frames[rows < 0].tolist()}")
-        return self.data[rows]
+        return self.data[rows_of(self.rows.tolist(), frames.tolist())]
+
+
+def rows_of(rows: list[int], frames: Sequence[int]) -> list[int]:
+    """The rows that see these frames of the window. Raises KeyError for a frame that is not in it or that none sees."""
+    unseen = [f for f in frames if not 0 <= f < len(rows) or rows[f] < 0]
+    if unseen:
+        raise KeyError(f"no feature row sees frames {unseen}")
+    return [rows[f] for f in frames]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 
 from spatialprobe.engine.clipfile import CHUNK, SUFFIX, BadFile, all_files, clip_files, expected_checksum, read_header
 from spatialprobe.engine.durable import dead_runs
-from spatialprobe.engine.expected import mismatches, row_mismatches
 from spatialprobe.engine.failures import read_failures
+from spatialprobe.engine.schema import mismatches, row_mismatches
 from spatialprobe.engine.types import check_clip_id, tensor_name
 
 if TYPE_CHECKING:

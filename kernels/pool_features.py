@@ -3,6 +3,7 @@
 These torch definitions are the specification, and what runs on every device today.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,15 @@ class Finished:
     scale: Tensor | None  # float32 [...], data * scale is the value; None unless quantised
     mean: Tensor  # float32 [...], mean over C of the stored values
     rstd: Tensor  # float32 [...], 1 / sqrt(variance over C + 1e-6) of the stored values
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Finished":
+        """`fn` of every tensor that is there."""
+        return Finished(**{name: None if x is None else fn(x) for name, x in vars(self).items()})
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """As a store's file names them: `name`, `name.mean`, `name.rstd` and, if quantised, `name.scale`."""
+        parts = {f"{name}.{part}": x for part, x in vars(self).items() if part != "data" and x is not None}
+        return {name: self.data} | parts
 
 
 def pool_features(
@@ -47,9 +57,11 @@ def pool_features(
         pooled = kept.float()
     else:
         pooled = _average(kept.flatten(0, 1).float(), grid).view(batch, len(rows), *grid, channels)
-    if into is None:
-        return pooled * weight if weight != 1.0 else pooled.clone() if pooled is x else pooled
-    return into.add_(pooled, alpha=weight)
+    if into is not None:
+        return into.add_(pooled, alpha=weight)
+    if weight != 1.0:
+        return pooled * weight
+    return pooled.clone() if pooled is x else pooled  # what is returned may be added to: never the input itself
 
 
 def _average(x: Tensor, grid: tuple[int, int]) -> Tensor:  # [N, H, W, C] -> [N, h, w, C]
@@ -63,7 +75,7 @@ def finish(x: Tensor, dtype: torch.dtype) -> Finished:
     """Rounds float32 features [..., C] to the store's dtype, with per-token statistics of the rounded values.
 
     float8_e4m3 and int8 get one scale per token, its largest magnitude over the dtype's largest value. float16 does
-    not saturate: a value beyond 65504 becomes infinite, which the caller must refuse (`first_bad`).
+    not saturate: a value beyond 65504 becomes infinite, and with it the token's mean, which the caller must refuse.
     """
     if dtype not in QUANTISED_MAX:
         data, scale = x.to(dtype), None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spatialprobe.engine.demo.checkpoints import build_qwen3_vl, build_wan_t2v
+from spatialprobe.engine.demo.tiny_checkpoints import build_qwen3_vl, build_wan_t2v
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from two, and spinning threads stall each other on busy cores
 

@@ -1,179 +1,216 @@
-"""Real (tiny) models through the whole path: every clip, the same numbers, and no work that nobody wanted."""
+"""The pipeline around a model that costs nothing: bounded queues, flat memory, failures that cost only their clip."""
 
-import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from spatialprobe.engine import extract as pipeline
-from spatialprobe.engine.adapters.wan import Wan
-from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.run import job_clips, run_job
+from spatialprobe.engine.adapter import Adapter
+from spatialprobe.engine.extract import extract
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.kernels.pool_features import pool_features
+from spatialprobe.engine.types import Clip, ClipError, ClipRef, FeatureSpec, FrameSelection, Plan, ShortClip
+
+TOKENS = (2, 4, 4)
 
 
-def job(clips, model, out, **words) -> Job:
-    wan = "wan" in Path(model).name
-    defaults = {
-        "clips": str(clips),
-        "model": str(model),
-        "out": str(out),
-        "layers": [0, 2],
-        "window": 9,
-        "query": ":",
-        "options": {"size": "64x96"},
-    } | ({"steps": [749, 300]} if wan else {})
-    return Job.from_words(defaults | words)
+class Ramp(Adapter):
+    """A model of two blocks whose features are the clip's mean brightness plus the layer, in every token."""
+
+    OPTIONS, PARITY, LIBRARIES = {}, {}, ()
+    num_layers, num_steps, channels = 2, 0, 8
+
+    def __init__(self, most_in_memory: int = 1000):
+        self.device, self.most_in_memory, self.batches = torch.device("cpu"), most_in_memory, []
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def plan(self, frames, query):
+        return Plan(frames, tuple(range(frames)), (8, 8), TOKENS, tuple(min(f, 1) for f in range(frames)))
+
+    def load(self, depth, device, dtype, cache): ...
+
+    def check_options(self): ...
+
+    def skeleton(self, depth):
+        return [self.blocks]
+
+    def prepare(self, clip, plan):
+        return {"brightness": clip.frames.float().mean()[None]}
+
+    def encode(self, inputs, plan):
+        self.batches.append(len(inputs["brightness"]))
+        if len(inputs["brightness"]) > self.most_in_memory:
+            raise torch.OutOfMemoryError("out of memory: tried to allocate more than there is")
+        return inputs["brightness"]
+
+    def forward(self, state, step, noise):
+        x = state[:, None].expand(-1, 32, 8)
+        for i, block in enumerate(self.blocks):
+            x = block(x + i)
+
+    def grid(self, tokens, state, plan):
+        return tokens.unflatten(1, plan.grid)
 
 
-def files(store: FeatureStore) -> dict[str, bytes]:
-    return {clip_id: store.path(clip_id).read_bytes() for clip_id in store.ids()}
+def spec(**fields) -> FeatureSpec:
+    defaults = {"family": "ramp", "weights": "content:0", "layers": (0, 1), "frames": FrameSelection(window=2)}
+    return FeatureSpec(**defaults | {"compute_dtype": "float32", "device": "cpu"} | fields)
 
 
-def test_every_clip_becomes_features_with_rows_and_provenance(clips_path, wan_path, tmp_path):
-    report, store = run_job(job(clips_path, wan_path, tmp_path / "store"))
-    assert (report.asked, report.written, report.failed) == (5, 5, 0)
-    assert store.ids() == [f"clip{i}" for i in range(5)]
-    features = store.read("clip3", layer=2, step=300)
-    assert features.data.shape == (3, 4, 6, 48)
-    assert features.data.dtype == torch.float16
-    assert features.rows.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2]
-    about = store.provenance("clip3")
-    assert about["index"] == list(range(9))
-    assert [s["timestep"] for s in about["steps"]] == [875, 502]
-    assert list(store.verify()) == []
-    record = json.loads((store.root / "run.json").read_text())
-    assert record["written"] == 5
-    assert set(record["timing"]["stages"]) >= {"decode", "prepare", "encode", "blocks", "finish", "write"}
-    assert 0 < record["timing"]["busy"] <= 1
+@pytest.fixture
+def clips(monkeypatch):
+    """Clips by id: brightness is the number in the id; "bad" fails to decode, "short" is short of its window."""
+
+    def load(ref: ClipRef, selection: FrameSelection) -> Clip:
+        if "bad" in ref.id:
+            raise ClipError(f"{ref.source} is broken")
+        if "short" in ref.id:
+            raise ShortClip("window of 2 frames, got 1")
+        value = int("".join(c for c in ref.id if c.isdigit()))
+        return Clip(ref.id, torch.full((2, 3, 8, 8), value % 256, dtype=torch.uint8), torch.arange(2))
+
+    monkeypatch.setattr(pipeline, "load_clip", load)
 
 
-def test_stored_values_are_the_models(clips_path, wan_path, tmp_path):
-    """The file holds what the adapter gives when called by hand, rounded to float16."""
-    asked = job(clips_path, wan_path, tmp_path / "store")
-    _, store = run_job(asked)
-    resolved = resolve(asked)
-    resolved.adapter.load(4, torch.device("cpu"), torch.float32, tmp_path)
-    (ref,) = [r for r in job_clips(asked) if r.id == "clip1"]
-    clock = pipeline.Clock(torch.device("cpu"))
-    prepared = pipeline.prepare(ref, resolved.adapter, resolved.spec, clock)
-    got = {}
-    hook = resolved.adapter.blocks[2].register_forward_hook(lambda m, a, out: got.update(x=out))
-    with torch.inference_mode():
-        state = resolved.adapter.encode({k: v[None] for k, v in prepared.inputs.items()}, prepared.plan)
-        shape = resolved.adapter.noise_shape(prepared.plan)
-        noise = pipeline.batch_noise([prepared], shape, 0, 749, torch.device("cpu"))
-        resolved.adapter.forward(state, 749, noise)
-    hook.remove()
-    assert torch.equal(store.read("clip1", 2, 749).data.flatten(0, 2), got["x"][0].half())
+def refs(*ids: str) -> list[ClipRef]:
+    return [ClipRef(i, f"/data/{i}") for i in ids]
 
 
-def test_a_second_run_loads_no_model(clips_path, wan_path, tmp_path, monkeypatch):
-    asked = job(clips_path, wan_path, tmp_path / "store")
-    _, store = run_job(asked)
-    before = files(store)
-    monkeypatch.setattr(Wan, "load", lambda *a: pytest.fail("loaded a model with nothing to do"))
-    report, _ = run_job(asked)
-    assert (report.present, report.written) == (5, 0)
-    assert files(store) == before
+def test_values_arrive_at_their_clip_and_layer(clips, tmp_path):
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs("a1", "a2", "a3"), Ramp(), store, batch_size=2)
+    assert report.written == 3
+    for n in (1, 2, 3):
+        for layer in (0, 1):
+            assert store.read(f"a{n}", layer).data.unique().tolist() == [n + layer]
 
 
-@pytest.mark.parametrize("family", ["wan", "qwen"])
-def test_same_bytes_whatever_the_batch_order_shard_or_rerun(family, clips_path, wan_path, qwen_path, tmp_path):
-    model = {"wan": wan_path, "qwen": qwen_path}[family]
-    _, whole = run_job(job(clips_path, model, tmp_path / "whole"))
-    for shard in ("1/2", "0/2"):
-        _, sharded = run_job(job(clips_path, model, tmp_path / "sharded", batch=3, shard=shard))
-    assert files(sharded) == files(whole)
-    for clip_id in ("clip0", "clip3", "clip4"):
-        sharded.path(clip_id).unlink()
-    _, resumed = run_job(job(clips_path, model, tmp_path / "sharded", batch=2))
-    assert files(resumed) == files(whole)
-    backwards, adapter, refs = loaded(job(clips_path, model, tmp_path / "reversed"))
-    pipeline.extract(refs[::-1], adapter, backwards, batch_size=1)
-    assert files(backwards) == files(whole)
-
-
-def loaded(asked: Job):
-    resolved = resolve(asked)
-    resolved.adapter.load(resolved.depth, resolved.device, torch.float32, Path(asked.out).parent)
-    return FeatureStore.create(asked.out, resolved.spec), resolved.adapter, job_clips(asked)
-
-
-@pytest.mark.parametrize("family", ["wan", "qwen"])
-def test_a_batch_changes_values_by_rounding_only(family, clips_path, wan_path, qwen_path, tmp_path):
-    """In a batch a clip's place in it changes how matrix products are summed: some float32 spacings, which may turn
-    into one spacing of the stored float16."""
-    model = {"wan": wan_path, "qwen": qwen_path}[family]
-    stores = {}
-    for size in (1, 3):
-        stores[size], adapter, refs = loaded(job(clips_path, model, tmp_path / str(size)))
-        pipeline.extract(refs, adapter, stores[size], batch_size=size)
-    for layer, step in stores[1].spec.tensors():
-        for clip_id in stores[1].ids():
-            a, b = (stores[size].read(clip_id, layer, step).data.float() for size in (1, 3))
-            torch.testing.assert_close(a, b, rtol=2**-10, atol=1e-5)
-
-
-def test_only_the_wanted_work_is_done(clips_path, wan_path, tmp_path, monkeypatch):
-    """Per clip: one decode, one VAE encode, and per step the blocks up to the last wanted layer."""
-    count = {"decode": 0, "encode": 0, "block": 0}
-    decode, encode, load = pipeline.load_clip, Wan._encode_one, Wan.load
-
-    def counting(name, fn):
-        def wrapped(*args, **kwargs):
-            count[name] += 1
-            return fn(*args, **kwargs)
-
-        return wrapped
-
-    def load_and_count(self, *args):
-        load(self, *args)
-        assert len(self.blocks) == 3
-        for block in self.blocks:
-            block.register_forward_hook(lambda *a: count.update(block=count["block"] + 1))
-
-    monkeypatch.setattr(pipeline, "load_clip", counting("decode", decode))
-    monkeypatch.setattr(Wan, "_encode_one", counting("encode", encode))
-    monkeypatch.setattr(Wan, "load", load_and_count)
-    run_job(job(clips_path, wan_path, tmp_path / "store", steps=[749, 500, 300, 100]))
-    assert count == {"decode": 5, "encode": 5, "block": 5 * 4 * 3}
-
-
-def test_merged_steps_are_the_mean_of_kept_ones(clips_path, wan_path, tmp_path):
-    _, kept = run_job(job(clips_path, wan_path, tmp_path / "kept", limit=1, store_dtype="bfloat16"))
-    _, merged = run_job(
-        job(clips_path, wan_path, tmp_path / "merged", limit=1, store_dtype="bfloat16", merge_steps=True)
+def test_bad_clips_cost_only_themselves(clips, tmp_path):
+    outcomes = []
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(
+        refs("a1", "bad1", "a2", "bad2"), Ramp(), store, batch_size=2, progress=lambda *o: outcomes.append(o)
     )
-    mean = sum(kept.read("clip0", 2, step).data.float() for step in (749, 300)) / 2
-    got = merged.read("clip0", 2).data.float()
-    torch.testing.assert_close(got, mean, rtol=2**-7, atol=2**-7)  # bfloat16 has 8 bits of mantissa
-    assert not torch.allclose(got, kept.read("clip0", 2, 749).data.float(), rtol=2**-7, atol=2**-7)
+    assert (report.written, report.failed) == (2, 2)
+    assert store.ids() == ["a1", "a2"]
+    assert store.failures()["bad1"] == {"id": "bad1", "stage": "decode", "reason": "/data/bad1 is broken"}
+    assert report.failures == {f"bad{i}": f"decode: /data/bad{i} is broken" for i in (1, 2)}
+    assert sorted(o[:2] for o in outcomes) == [
+        ("a1", "written"), ("a2", "written"), ("bad1", "failed"), ("bad2", "failed"),
+    ]  # fmt: skip
 
 
-def test_pooled_features_are_the_pooled_full_ones(clips_path, wan_path, tmp_path):
-    _, full = run_job(job(clips_path, wan_path, tmp_path / "full", limit=1))
-    _, pooled = run_job(job(clips_path, wan_path, tmp_path / "pooled", limit=1, pool="2x4"))
-    expected = pool_features(full.read("clip0", 2, 749).data[None], (0, 1, 2), (2, 4))[0]
-    torch.testing.assert_close(pooled.read("clip0", 2, 749).data.float(), expected, rtol=2e-3, atol=2e-3)
+@pytest.mark.parametrize(("short", "skipped", "failed"), [("skip", 1, 0), ("error", 0, 1)])
+def test_short_clips_are_skipped_or_fail_as_asked(clips, tmp_path, short, skipped, failed):
+    store = FeatureStore.create(tmp_path / "s", spec(frames=FrameSelection(window=2, short=short)))
+    report = extract(refs("a1", "short1"), Ramp(), store)
+    assert (report.written, report.skipped, report.failed) == (1, skipped, failed)
 
 
-def test_only_rows_that_see_wanted_frames_are_kept(clips_path, wan_path, tmp_path):
-    _, full = run_job(job(clips_path, wan_path, tmp_path / "full", limit=1))
-    _, some = run_job(job(clips_path, wan_path, tmp_path / "some", limit=1, query="0,6"))
-    features = some.read("clip0", 2, 749)
-    assert features.rows.tolist() == [0, -1, -1, -1, -1, 1, 1, 1, 1]
-    assert torch.equal(features.data, full.read("clip0", 2, 749).data[[0, 2]])
-    with pytest.raises(KeyError, match=r"\[3\]"):
-        features.at(torch.tensor([3]))
+def test_overflow_and_non_finite_features_fail_their_clip_and_name_the_layer(clips, tmp_path):
+    class Wild(Ramp):
+        def forward(self, state, step, noise):
+            x = state[:, None].expand(-1, 32, 8)
+            self.blocks[0](x)
+            self.blocks[1](torch.where(x == 7, 1e5, torch.where(x == 8, float("nan"), x)))
+
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs("a1", "a7", "a8"), Wild(), store, batch_size=3)
+    assert store.ids() == ["a1"]
+    assert report.failures == {
+        "a7": "features: features of layer1 overflow float16: largest magnitude 100000; try bfloat16",
+        "a8": "features: features of layer1 are not finite",
+    }
+    wide = FeatureStore.create(tmp_path / "wide", spec(dtype="bfloat16"))
+    assert extract(refs("a7"), Wild(), wide).written == 1
 
 
-def test_another_seed_gives_other_features_in_another_store(clips_path, wan_path, tmp_path):
-    _, store = run_job(job(clips_path, wan_path, tmp_path / "a", limit=1))
-    with pytest.raises(ValueError, match=r"seed: 0 there, 1 asked"):
-        run_job(job(clips_path, wan_path, tmp_path / "a", limit=1, seed=1))
-    _, other = run_job(job(clips_path, wan_path, tmp_path / "b", limit=1, seed=1))
-    a, b = (s.read("clip0", 0, 300).data.float() for s in (store, other))
-    assert (a - b).norm() / a.norm() > 0.1
+def test_auto_batch_halves_when_memory_runs_out_and_loses_no_clip(clips, tmp_path):
+    ids = [f"a{n}" for n in range(9)]
+    adapter, store = Ramp(most_in_memory=1), FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*ids), adapter, store, batch_size="auto")
+    assert (report.written, report.batch_size) == (9, 1)
+    assert adapter.batches[:3] == [4, 2, 1]
+    assert [store.read(i, 0).data.unique().item() for i in ids] == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "message"), [(4, 2, "batch size 4: use a smaller"), (1, 0, "one clip alone")]
+)
+def test_memory_that_cannot_do_ends_the_run_with_the_numbers(clips, tmp_path, batch, most, message):
+    store = FeatureStore.create(tmp_path / "s", spec())
+    with pytest.raises(MemoryError, match=message):
+        extract(refs("a1", "a2"), Ramp(most_in_memory=most), store, batch_size=batch)
+    assert store.failures() == {}  # running again with another batch size takes these clips
+
+
+def test_queues_are_bounded_when_writing_is_slow(clips, tmp_path, monkeypatch):
+    """A slow writer stalls the loaders: decoded clips never pile up."""
+    alive, most, lock = set(), [0], threading.Lock()
+    load, store_write = pipeline.load_clip, FeatureStore.write
+
+    def loading(ref, selection):
+        with lock:
+            alive.add(ref.id)
+            most[0] = max(most[0], len(alive))
+        return load(ref, selection)
+
+    def slow_write(self, clip_id, *args):
+        time.sleep(0.01)
+        size = store_write(self, clip_id, *args)
+        with lock:
+            alive.discard(clip_id)
+        return size
+
+    monkeypatch.setattr(pipeline, "load_clip", loading)
+    monkeypatch.setattr(FeatureStore, "write", slow_write)
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*(f"a{n}" for n in range(60))), Ramp(), store, batch_size=2, loaders=2, writers=1)
+    assert report.written == 60
+    assert most[0] <= 2 + 2 + 2 + 2 * 1 + 2  # ahead (loaders + batch), a batch on the device, writes under way
+
+
+def test_memory_is_flat_over_hundreds_of_clips(clips, tmp_path):
+    """500 clips of 0.5 MB each: the second half adds less than a tenth of what passed through."""
+
+    class Wide(Ramp):
+        channels = 4096
+
+        def forward(self, state, step, noise):
+            x = state[:, None].expand(-1, 32, 4096).clone()
+            for block in self.blocks:
+                x = block(x)
+
+    resident = []
+
+    def watch(*outcome):
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*(f"a{n}" for n in range(500))), Wide(), store, batch_size=4, progress=watch)
+    assert report.written == 500
+    passed = sum(store.path(i).stat().st_size for i in store.ids()) / 2
+    assert passed > 100e6
+    assert max(resident[250:]) - max(resident[:250]) < passed / 10
+
+
+def test_an_interrupt_keeps_what_was_done_and_reports_it(clips, tmp_path):
+    settled = []
+
+    def stop_after_three(clip_id, outcome, reason):
+        settled.append(clip_id)
+        if len(settled) == 3:
+            raise KeyboardInterrupt
+
+    store = FeatureStore.create(tmp_path / "s", spec())
+    ids = [f"a{n}" for n in range(50)]
+    report = extract(refs(*ids), Ramp(), store, progress=stop_after_three)
+    assert report.interrupted
+    done = len(store)
+    assert 3 <= done == report.written < 50
+    assert store.verify() == []
+    rest = extract(refs(*ids), Ramp(), store)
+    assert (rest.present, rest.written, len(store)) == (done, 50 - done, 50)

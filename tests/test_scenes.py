@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from spatialprobe.engine.demo.furnish import SceneObject, fits
 from spatialprobe.engine.demo.furniture import KINDS, ROOMS, Part
-from spatialprobe.engine.demo.layout import SceneObject, fits
 from spatialprobe.engine.demo.patterns import PATTERNS, Finish
 from spatialprobe.engine.demo.render import render, render_clip
 from spatialprobe.engine.demo.scene_files import (

@@ -99,7 +99,7 @@ def test_the_checksum_covers_header_and_data(tmp_path):
     provenance = json.loads(metadata["spatialprobe"])
     checksum = provenance["checksum"]
     assert checksum == hashlib.sha256(whole.replace(checksum.encode(), b"0" * 64)).hexdigest()
-    assert (provenance["clip"], provenance["spec"]) == ("x", store.spec.hash)
+    assert (provenance["clip"], provenance["spec"]) == ("x", store.spec_hash)
 
 
 def test_changing_what_was_read_changes_no_file(tmp_path):

@@ -126,17 +126,14 @@ def test_step_749_is_timestep_502(wan_path, tmp_path):
 
 
 def test_noise_is_per_seed_clip_and_step():
-    from spatialprobe.engine.extract import Prepared
-    from spatialprobe.engine.types import ClipRef
-
     def draw(seed, clip_id, step):
-        return batch_noise([Prepared(ClipRef(clip_id, ""))], (2, 3), seed, step, CPU)
+        return batch_noise([clip_id], (2, 3), seed, step, CPU)
 
     base = draw(0, "a", 1)
     assert torch.equal(base, draw(0, "a", 1))
     for other in (draw(1, "a", 1), draw(0, "b", 1), draw(0, "a", 2)):
         assert not torch.equal(base, other)
-    pair = batch_noise([Prepared(ClipRef(i, "")) for i in "ba"], (2, 3), 0, 1, CPU)
+    pair = batch_noise(["b", "a"], (2, 3), 0, 1, CPU)
     assert torch.equal(pair[1:], base)
 
 

@@ -24,7 +24,7 @@ class Qwen3VL(Adapter):
         "size": (540, 960),  # pixels every frame is first resized to; the processor then rounds to whole patches
         "prompt": "Describe this video.",
     }
-    PARITY = {"size": (540, 960), "prompt": "Describe this video."}
+    PARITY = OPTIONS
     LIBRARIES = ("transformers",)
 
     def __init__(self, checkpoint: Checkpoint, options: dict):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs
+from spatialprobe.engine.adapter import Adapter, Inputs, cached
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.types import Clip, Plan
@@ -28,7 +27,7 @@ class Wan(Adapter):
         "flow_shift": 3.0,  # 3 is the model's value for 480p, 5 for 720p
         "vae_tiling": False,  # overlapping tiles change values; off is exact and faster
     }
-    PARITY = {"prompt": "", "prompt_tokens": 226, "flow_shift": 3.0, "vae_tiling": True}
+    PARITY = OPTIONS | {"vae_tiling": True}
     LIBRARIES = ("diffusers", "transformers")
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
@@ -41,12 +40,12 @@ class Wan(Adapter):
         self.num_steps = NUM_STEPS
         self.channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         self.time_stride = 2 ** sum(self.vae_config["temperal_downsample"])
-        self.pixel_stride = 2 ** len(self.vae_config["temperal_downsample"])
+        vae_stride = 2 ** len(self.vae_config["temperal_downsample"])
+        self.cell = vae_stride * self.config["patch_size"][1]  # pixels per token, in height and in width
 
     def check_options(self) -> None:
-        step = self.pixel_stride * self.config["patch_size"][1]
-        if any(s < step or s % step for s in self.options["size"]):
-            raise ValueError(f"size must be multiples of {step} pixels, got {self.options['size']}")
+        if any(s < self.cell or s % self.cell for s in self.options["size"]):
+            raise ValueError(f"size must be multiples of {self.cell} pixels, got {self.options['size']}")
         if self.options["prompt_tokens"] < 1:
             raise ValueError(f"prompt_tokens must be at least 1, got {self.options['prompt_tokens']}")
         if self.options["flow_shift"] <= 0:
@@ -54,9 +53,8 @@ class Wan(Adapter):
 
     def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
         height, width = self.options["size"]
-        step = self.pixel_stride * self.config["patch_size"][1]
         rows = tuple(math.ceil(f / self.time_stride) for f in range(frames))
-        grid = (rows[-1] + 1, height // step, width // step)
+        grid = (rows[-1] + 1, height // self.cell, width // self.cell)
         return Plan(frames, tuple(range(frames)), (height, width), grid, rows)
 
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
@@ -105,21 +103,21 @@ class Wan(Adapter):
     def _embed_prompt(self, cache: Path) -> Tensor:
         prompt, tokens = self.options["prompt"], self.options["prompt_tokens"]
         key = hashlib.sha256(f"{self.checkpoint.identity}|{prompt}|{tokens}|{self.dtype}".encode()).hexdigest()[:16]
-        path = cache / f"prompt-{key}.safetensors"
-        if path.exists():
-            return load_file(path)["prompt"]
+        return cached(cache / f"prompt-{key}.safetensors", self._run_text_encoder)["prompt"]
+
+    def _run_text_encoder(self) -> dict[str, Tensor]:
         from diffusers import WanPipeline
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         encoder = UMT5EncoderModel.from_pretrained(self.checkpoint.folder("text_encoder"), dtype=self.dtype)
         tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder("tokenizer"))
         text = WanPipeline(tokenizer, encoder.to(self.device), vae=None, scheduler=None)
-        embedding, _ = text.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=tokens)
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{id(self)}.tmp")
-        save_file({"prompt": embedding.cpu().contiguous()}, unfinished)
-        unfinished.replace(path)
-        return load_file(path)["prompt"]
+        embedding, _ = text.encode_prompt(
+            self.options["prompt"],
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.options["prompt_tokens"],
+        )
+        return {"prompt": embedding.cpu().contiguous()}
 
     def noise_shape(self, plan: Plan) -> tuple[int, ...]:
         frames, height, width = plan.grid

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from spatialprobe.engine.decode import load_clip
-from spatialprobe.engine.extract import Report
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.report import Report
 from spatialprobe.engine.run import job_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FrameSelection

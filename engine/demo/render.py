@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spatialprobe.engine.demo.furnish import footprint_distance
 from spatialprobe.engine.demo.furniture import Part
-from spatialprobe.engine.demo.layout import footprint_distance
 from spatialprobe.engine.demo.patterns import PATTERNS
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, FACES, NO_TAG, Scene, resized
 

@@ -5,10 +5,10 @@ import shutil
 import time
 from pathlib import Path
 
-from spatialprobe.engine.demo.checkpoints import TINY
 from spatialprobe.engine.demo.page import Showcase, write_page
 from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
+from spatialprobe.engine.demo.tiny_checkpoints import TINY
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.progress import summary
 from spatialprobe.engine.run import run_job

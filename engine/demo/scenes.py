@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from spatialprobe.engine.demo.furnish import SceneObject, furnish
 from spatialprobe.engine.demo.furniture import FABRICS, ROOMS, WHITE, finish
-from spatialprobe.engine.demo.layout import SceneObject, furnish
 from spatialprobe.engine.demo.patterns import Finish, mix
 from spatialprobe.engine.types import check_clip_id
 

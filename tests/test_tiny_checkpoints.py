@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from spatialprobe.engine.demo.checkpoints import TINY, build_qwen3_vl, build_wan_t2v
+from spatialprobe.engine.demo.tiny_checkpoints import TINY, build_qwen3_vl, build_wan_t2v
 
 
 def files(folder):
@@ -97,7 +97,7 @@ def test_seed_decides_every_byte_and_nothing_else_is_drawn(folders, tmp_path, na
 
 
 def test_import_does_not_load_the_model_libraries():
-    code = "import sys, spatialprobe.engine.demo.checkpoints as _\n"
+    code = "import sys, spatialprobe.engine.demo.tiny_checkpoints as _\n"
     code += "print({'diffusers', 'transformers'}.intersection(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 

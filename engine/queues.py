@@ -1,0 +1,78 @@
+"""Bounded work around the device: loading ahead, batches, sizes that fit, writing behind. Knows nothing of models."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import torch
+
+
+def ahead(pool: Executor, work: Callable, items: Iterable, depth: int) -> Iterator:
+    """map(work, items) on `pool`, in order, with at most `depth` results made or in the making."""
+    items, waiting = iter(items), deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) == depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class BatchSize:
+    """Clips per batch. "auto" starts at 4 and halves, for good, when the device's memory runs out."""
+
+    AUTO = 4
+
+    def __init__(self, asked: int | str):
+        self.now, self.may_halve = (self.AUTO, True) if asked == "auto" else (asked, False)
+
+    def groups(self, clips: Iterable, key: Callable) -> Iterator[list]:
+        """Clips of equal keys, in full batches as they fill up, then the rest. At most 4 keys wait for company."""
+        waiting: dict[Any, list] = {}
+        for clip in clips:
+            group = waiting.setdefault(key(clip), [])
+            group.append(clip)
+            if len(group) >= self.now:
+                yield waiting.pop(key(clip))
+            elif len(waiting) > 4:
+                yield waiting.pop(next(iter(waiting)))
+        yield from waiting.values()
+
+    def fitting(self, clips: list, run: Callable[[list], Any]) -> Iterator[tuple[list, Any]]:
+        """(clips, run(clips)) for pieces of `clips` that fit in memory."""
+        while clips:
+            piece, full = clips[: self.now], ""
+            try:
+                result = run(piece)
+            except torch.OutOfMemoryError as error:
+                full = str(error).splitlines()[0]
+            if full:  # outside the handler: the traceback would keep the failed batch in memory
+                self._halve(full)
+                continue
+            yield piece, result
+            clips = clips[len(piece) :]
+
+    def _halve(self, full: str) -> None:
+        if self.now == 1 or not self.may_halve:
+            hint = "one clip alone does not fit" if self.now == 1 else "use a smaller batch size, or auto"
+            raise MemoryError(f"out of device memory at batch size {self.now}: {hint} ({full})")
+        self.now //= 2
+        torch.cuda.empty_cache()
+
+
+class Behind:
+    """Work given to a pool and settled, in order, on the calling thread: at most `depth` are under way."""
+
+    def __init__(self, pool: Executor, depth: int, settle: Callable[[Any, Future], None]):
+        self._pool, self._depth, self._settle = pool, depth, settle
+        self._under_way: deque[tuple[Any, Future]] = deque()
+
+    def put(self, item: Any, work: Callable, *args: Any) -> None:
+        self._under_way.append((item, self._pool.submit(work, *args)))
+
+    def wait(self, depth: int | None = None) -> None:
+        """Settles what is done, and waits until at most `depth` are under way."""
+        most = self._depth if depth is None else depth
+        while len(self._under_way) > most or (self._under_way and self._under_way[0][1].done()):
+            self._settle(*self._under_way.popleft())
