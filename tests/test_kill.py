@@ -1,8 +1,9 @@
 """kill -9 at random moments, then the same command again: the store ends identical to an uninterrupted run."""
 
-import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from spatialprobe.engine.store import FeatureStore
@@ -78,7 +79,6 @@ def test_two_shards_killed_and_run_again_side_by_side(qwen_path, make_clip, tmp_
     """Two processes on one store, one of them killed: the other is not disturbed, and nothing is lost."""
     for i in range(12):
         make_clip(tmp_path / "clips" / f"clip{i}", frames=3, size=(32, 48), seed=i)
-    rng = random.Random(2)
 
     def start(shard: str | None, out: str) -> subprocess.Popen:
         words = ["extract", str(tmp_path / "clips"), "--model", str(qwen_path), "--out", str(tmp_path / out)]
@@ -89,17 +89,20 @@ def test_two_shards_killed_and_run_again_side_by_side(qwen_path, make_clip, tmp_
         )
 
     pair = [start("0/2", "pair"), start("1/2", "pair")]
-    try:
-        pair[0].wait(timeout=rng.uniform(4, 8))
-    except subprocess.TimeoutExpired:
-        pair[0].kill()
+    mine = {f"clip{i}.safetensors" for i in sorted(map(str, range(12)))[::2]}  # every other of the sorted ids
+    until = time.monotonic() + 120
+    while not any((tmp_path / "pair/clips" / name).exists() for name in mine):  # it is at work: kill it now
+        assert pair[0].poll() is None, "finished before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    pair[0].kill()
+    assert pair[0].wait() == -signal.SIGKILL
     assert pair[1].wait(timeout=120) == 0, pair[1].stderr.read()
     again = start("0/2", "pair")
     assert again.wait(timeout=120) == 0, again.stderr.read()
     whole = start(None, "whole")
     assert whole.wait(timeout=120) == 0, whole.stderr.read()
     stores = [FeatureStore.open(tmp_path / name) for name in ("pair", "whole")]
-    assert [s.path(i).read_bytes() for s in stores[:1] for i in s.ids()] == [
-        s.path(i).read_bytes() for s in stores[1:] for i in s.ids()
-    ]
-    assert len(stores[0]) == 12
+    pair_files, whole_files = ({i: s.path(i).read_bytes() for i in s.ids()} for s in stores)
+    assert pair_files == whole_files
+    assert len(whole_files) == 12

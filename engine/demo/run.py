@@ -16,6 +16,9 @@ from spatialprobe.engine.run import run_job
 FRAMES, HEIGHT, WIDTH = 17, 160, 256
 SCENES = 6  # half of them videos, half image folders
 
+MARK = ".made-by-engine-demo"
+MADE = {MARK, "scenes", "clips.jsonl", "checkpoints", "stores", "index.html"}
+
 MODELS = {  # name of the tiny checkpoint -> the words of its job
     "wan-t2v": {"layers": "1,3", "steps": "749,900", "options": {"size": f"{HEIGHT}x{WIDTH}"}},
     # a token of Qwen3-VL is 32 pixels wide, Wan's 16: twice the size gives the same grid
@@ -26,9 +29,12 @@ MODELS = {  # name of the tiny checkpoint -> the words of its job
 def run_demo(out: str) -> int:
     """Writes everything below `out`; returns 0 if all clips were extracted and every file reads back whole."""
     root, started = Path(out), time.perf_counter()
-    if root.exists() and any(root.iterdir()) and not (root / "clips.jsonl").exists():
-        raise ValueError(f"{root} is not empty and was not made by the demo; choose another folder with --out")
+    foreign = sorted(path.name for path in root.iterdir() if path.name not in MADE) if root.is_dir() else []
+    if foreign or (root.exists() and not (root / MARK).exists() and any(root.iterdir())):
+        raise ValueError(f"{root} holds files the demo did not make; choose another folder with --out")
     shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    (root / MARK).write_text("made by `engine demo`, which removes this folder when it runs again\n")
     clips = render_scenes(root)
     shows = []
     for name, words in MODELS.items():

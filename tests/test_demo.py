@@ -1,0 +1,55 @@
+"""The demo, small: whole stores, and a page that stands alone and shows every clip."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from spatialprobe.engine.cli import main
+from spatialprobe.engine.demo import run as demo
+from spatialprobe.engine.demo.page import principal_colours
+from spatialprobe.engine.store import FeatureStore
+
+
+def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "SCENES", 2)
+    monkeypatch.setattr(demo, "HEIGHT", 64)
+    monkeypatch.setattr(demo, "WIDTH", 96)
+    sized = {name: words | {"options": {"size": "64x96"}} for name, words in demo.MODELS.items()}
+    monkeypatch.setattr(demo, "MODELS", sized)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out)]) == 0
+    stores = {name: FeatureStore.open(out / "stores" / name) for name in demo.MODELS}
+    assert [len(store.spec.tensors()) for store in stores.values()] == [4, 1]  # two steps of two layers, one layer
+    assert all(len(store) == 2 and store.verify() == [] for store in stores.values())
+    page = (out / "index.html").read_text()
+    for clip_id in stores["wan-t2v"].ids():
+        assert clip_id in page
+    assert page.count('src="data:image/png;base64,') == 2 * 3 * (1 + 4 + 1)  # clips x frames x (pixels, wan, qwen)
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing from anywhere else
+    assert "random weights" in page
+    assert "every file read back whole" in page
+    assert str(out / "index.html") in capsys.readouterr().out
+    assert main(["demo", "--out", str(out)]) == 0  # again, over its own folder
+
+
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, capsys):
+    for name in ("thesis.txt", "clips.jsonl"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        assert main(["demo", "--out", str(folder)]) == 2
+        assert "holds files the demo did not make" in capsys.readouterr().err
+        assert (folder / name).read_text() == "mine"
+
+
+def test_principal_colours_follow_the_strongest_directions():
+    generator = torch.Generator().manual_seed(0)
+    strong = torch.randn(500, 3, generator=generator) * torch.tensor([30.0, 10.0, 3.0])
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0][:3]
+    tokens = strong @ basis + 0.01 * torch.randn(500, 16, generator=generator)
+    colours = principal_colours(tokens)(tokens)
+    assert colours.dtype == np.uint8
+    for c in range(3):
+        assert abs(np.corrcoef(colours[:, c], strong[:, c])[0, 1]) == pytest.approx(1, abs=0.03)
