@@ -27,7 +27,7 @@ from spatialprobe.engine.demo.tiny_checkpoints import build_wan_t2v
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.kernels.pool_features import pool_features
 
-# A VAE pass costs 10 to 13 of these blocks: Wan-14B's costs 4 of its own (6 with tiles), Wan-1.3B's 17.
+# A VAE pass costs 10 to 13 of these blocks (on one thread): Wan-14B's costs 4 of its own (6 with tiles), Wan-1.3B's 17.
 CHECKPOINT = {"num_layers": 24, "heads": 5, "head_dim": 96, "vae_dim": 4}
 TASK = {
     "layers": [9, 11],  # so 12 of 24 blocks are needed; the study's Wan features need 21 of 40 or of 30
@@ -37,10 +37,10 @@ TASK = {
     "seed": 0,
     "threads": len(os.sched_getaffinity(0)),  # torch's, for each contender; the engine's loaders share these cores
 }
-# Pixels of the clips' PNG files, the study's own. Decoding a clip costs about 15 blocks; beside a GPU, where a block of
-# Wan-14B takes .05 s and a clip's decode 5 to 10 s of a core, it weighs more.
+# Pixels of the clips' PNG files, the study's own. Decoding a clip costs about 15 such blocks; beside a GPU, where a
+# block of Wan-14B takes .05 s and a clip's decode 5 to 10 s of a core, it weighs more.
 SOURCE = (540, 960)
-CLIPS = 4
+CLIPS = 3
 POOL = [3, 5]  # a quarter of the tokens, as the study's probes see of Wan
 ROUNDS = 5
 LEAST_SHARE = 0.9  # of the predicted ratio

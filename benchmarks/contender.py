@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -128,12 +127,10 @@ class Plain:
     def noise(self, clip_id: str, step: int) -> Tensor:
         """The engine's noise, so that both contenders' features can be compared."""
         from spatialprobe.engine.extract import batch_noise
-        from spatialprobe.engine.types import ClipRef
 
         frames, (height, width) = (self.task["window"] - 1) // 4 + 1, self.task["size"]
         shape = (self.loop.vae.config.z_dim, frames, height // 8, width // 8)
-        clip = SimpleNamespace(ref=ClipRef(clip_id, source=""))  # of a prepared clip, the noise sees the id alone
-        return batch_noise([clip], shape, self.task["seed"], step, torch.device("cpu"))
+        return batch_noise([clip_id], shape, self.task["seed"], step, torch.device("cpu"))
 
     def round(self, out: str) -> dict:
         return self.work.measure(lambda: self.loop.run(self.clips, Path(out)))

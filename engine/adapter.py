@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.durable import RunFolder, make_folder, publish, sync_file
+from spatialprobe.engine.clipfile import is_whole, write_file
+from spatialprobe.engine.durable import RunFolder, make_folder, publish
 from spatialprobe.engine.types import Clip, FeatureSpec, Plan, parse_query
 
 Inputs = dict[str, Tensor]  # what `prepare` makes of one clip, and, stacked on a first dimension B, what `encode` takes
@@ -20,6 +21,7 @@ class Adapter(ABC):
     """A model family. Constructing one reads configs only; `load` reads weights."""
 
     LIBRARIES: ClassVar[tuple[str, ...]]  # distributions whose release may change values: fields of the spec
+    AUTO_BATCH: ClassVar[int] = 1  # clips that fill a GPU, where batch "auto" starts
     OPTIONS: ClassVar[dict[str, Any]]  # the family's own settings with their defaults; all are fields of the spec
     PARITY: ClassVar[dict[str, Any]]  # options under which the published study made its features
 
@@ -90,15 +92,16 @@ def plan_clip(frames: int, adapter: Adapter, spec: FeatureSpec) -> tuple[Plan, t
 
 
 def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors that take long to compute, from the file `path` if it is there. Safe from kills and other processes."""
-    if not path.exists():
+    """Tensors that take long to compute, from the file `path` if it is there and whole. Safe from kills."""
+    scratch = path.parent / "tmp"
+    if not is_whole(path) or scratch.exists():  # a killed process may have left its scratch folder behind
         make_folder(path.parent)
-        run = RunFolder(path.parent / "tmp")
+        run = RunFolder(scratch)
         try:
-            temp = run.file()
-            save_file(compute(), temp)
-            sync_file(temp)
-            publish(temp, path)
+            if not is_whole(path):
+                temp = run.file()
+                write_file(temp, compute(), {})
+                publish(temp, path)
         finally:
             run.close()
     return load_file(path)

@@ -123,7 +123,11 @@ def content_hash(root: Path) -> str:
     of the samples goes unnoticed.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors")):
+    folders = [root]  # and, of a diffusers pipeline, those of its components: a store kept beside them does not count
+    if (root / "model_index.json").is_file():
+        folders += [root / name for name in json.loads((root / "model_index.json").read_text())]
+    files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    for path in sorted(p for p in files if p.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors")):
         digest.update(f"{path.relative_to(root)}\0".encode())
         if path.suffix == ".safetensors":
             for sample in _samples(path):

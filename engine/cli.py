@@ -129,6 +129,8 @@ def extract(args: argparse.Namespace) -> int:
     except ValueError as error:  # the arguments were good: this is a bug, and its traceback is wanted
         raise RuntimeError("extraction failed") from error
     print(summary(report, run.store.root))
+    if report.stopped:
+        print(f"engine: stopped: {report.stopped}; run the same command again to go on", file=sys.stderr)
     if report.interrupted:
         print("interrupted: run the same command again to go on", file=sys.stderr)
         return 130
@@ -138,8 +140,7 @@ def extract(args: argparse.Namespace) -> int:
             print(f"  {clip_id}  {reason}", file=sys.stderr)
         words = [word for word in args.words if word != "--retry-failed"]
         print(f"to retry them: {shlex.join(['engine', *words, '--retry-failed'])}", file=sys.stderr)
-        return 1
-    return 0
+    return 1 if report.failed or report.stopped else 0
 
 
 def read_job(args: argparse.Namespace) -> "Job":

@@ -134,6 +134,19 @@ def _entry(value: dict, data_start: int) -> Entry:
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file of `write_file` is there, unchanged."""
+    try:
+        with path.open("rb") as file:
+            header = read_header(file)
+            digest = expected_checksum(header)
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except (FileNotFoundError, BadFile):
+        return False
+    return digest.hexdigest() == header.provenance["checksum"]
+
+
 def expected_checksum(header: Header) -> "hashlib._Hash":
     """The hash of a file's header, to be continued with its data and compared with the header's checksum."""
     return hashlib.sha256(header.raw.replace(header.provenance["checksum"].encode(), _NO_CHECKSUM, 1))

@@ -38,8 +38,12 @@ ORIENTATIONS = {
 }
 
 
-def load_clip(ref: ClipRef, selection: FrameSelection) -> Clip:
-    """Decodes the window of `selection`: uint8 RGB [F, 3, H, W], a view of channels-last memory.
+def load_clip(
+    ref: ClipRef,
+    selection: FrameSelection,
+    shown: tuple[int, ...] | None = None,  # frames of the window, if not all are needed
+) -> Clip:
+    """Decodes the window of `selection`, or of it just `shown`: uint8 RGB [S, 3, H, W], a view of channels-last memory.
 
     Videos: see `video`. Images: the orientation in their EXIF data is applied; grey and CMYK become RGB without a
     colour profile, transparency is dropped, of 16-bit samples the high byte is kept.
@@ -47,7 +51,8 @@ def load_clip(ref: ClipRef, selection: FrameSelection) -> Clip:
     Raises ClipError for anything that cannot be read whole, ShortClip where `selection.short` forbids padding.
     """
     try:
-        return _load_images(ref, selection) if ref.frames or Path(ref.source).is_dir() else _load_video(ref, selection)
+        load = _load_images if ref.frames or Path(ref.source).is_dir() else _load_video
+        return load(ref, selection, shown)
     except OSError as error:
         raise ClipError(f"{error.filename or ref.source}: {error.strerror or error}") from error
 
@@ -90,7 +95,7 @@ def _span(selection: FrameSelection) -> int:
     return (selection.window - 1) * selection.stride + 1
 
 
-def _load_video(ref: ClipRef, selection: FrameSelection) -> Clip:
+def _load_video(ref: ClipRef, selection: FrameSelection, shown: tuple[int, ...] | None) -> Clip:
     path = Path(ref.source)
     first = _first_frame(selection, ref.start_idx, ref.id)
     packets = video.read_packets(path) if first is None or first >= LOOK_FOR_KEYFRAME else None
@@ -98,27 +103,34 @@ def _load_video(ref: ClipRef, selection: FrameSelection) -> Clip:
     if packets is not None:
         index, padded = select_frames(len(packets.shown), selection, ref.start_idx, ref.id)
         wanted = range(int(index[0]), int(index[-1]) + 1, selection.stride)
-        images = video.frames_from_keyframe(path, packets, wanted)
+        only = None if shown is None else {int(index[-1]), *index[list(shown)].tolist()}
+        images = video.frames_from_keyframe(path, packets, wanted, only)
     if images is None:
         total = None
         if first is None:
             total = video.count_frames(path)
             first = int(select_frames(total, selection, ref.start_idx, ref.id)[0][0])
         stop = first + _span(selection) if selection.window else sys.maxsize
-        images, seen = video.frames_from_start(path, range(first, stop, selection.stride))
+        wanted = range(first, stop, selection.stride)
+        only = None if shown is None else {wanted[j] for j in shown}
+        images, seen = video.frames_from_start(path, wanted, only)
         index, padded = select_frames(total or seen, selection, ref.start_idx, ref.id)
+        if padded and only is not None:  # shown frames repeat the last one, which is known only now
+            images, _ = video.frames_from_start(path, wanted, {*index.tolist()})
+    window, index = len(index), index if shown is None else index[list(shown)]
     frames = _stack(images, index.tolist(), lambda number: f"{path}: frame {number}")
-    return Clip(ref.id, frames, index, padded)
+    return Clip(ref.id, frames, index, padded, window)
 
 
-def _load_images(ref: ClipRef, selection: FrameSelection) -> Clip:
+def _load_images(ref: ClipRef, selection: FrameSelection, shown: tuple[int, ...] | None) -> Clip:
     try:
         files = [Path(frame) for frame in ref.frames] or image_files(ref.source)
     except ValueError as error:
         raise ClipError(str(error)) from error
     index, padded = select_frames(len(files), selection, ref.start_idx, ref.id)
+    window, index = len(index), index if shown is None else index[list(shown)]
     images = {number: _read_image(files[number]) for number in sorted(set(index.tolist()))}
-    return Clip(ref.id, _stack(images, index.tolist(), lambda number: str(files[number])), index, padded)
+    return Clip(ref.id, _stack(images, index.tolist(), lambda number: str(files[number])), index, padded, window)
 
 
 def _read_image(path: Path) -> np.ndarray:

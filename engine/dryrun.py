@@ -8,7 +8,6 @@ from pathlib import Path
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.decode import load_clip
 from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.queues import BatchSize
 from spatialprobe.engine.run import job_clips
 from spatialprobe.engine.schema import differences
 from spatialprobe.engine.store import FeatureStore
@@ -41,13 +40,13 @@ def plan_lines(job: Job) -> Iterator[str]:
         yield f"steps    {_list(spec.steps)} of {adapter.num_steps}{merged}, seed {spec.seed}"
     if not refs:
         return
-    frames = spec.frames.window or len(load_clip(refs[0], spec.frames).frames)
+    frames = spec.frames.window or load_clip(refs[0], spec.frames).window
     plan, rows = plan_clip(frames, adapter, spec)
     first = "" if spec.frames.window else " (first clip)"
     yield f"window   {frames} frames{first}, {len(plan.shown)} shown to the model at {plan.size[0]}x{plan.size[1]}"
     kept = spec.pool or plan.grid[1:]
     yield f"tokens   {'x'.join(map(str, plan.grid))}, kept {len(rows)}x{kept[0]}x{kept[1]}, {adapter.channels} channels"
-    batch = BatchSize.AUTO if resolved.batch == "auto" else resolved.batch
+    batch = adapter.AUTO_BATCH if resolved.batch == "auto" else resolved.batch
     activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
     yield (
         f"memory   {_gb(weights)} weights + about {_gb(activations)} activations at batch {batch}, "

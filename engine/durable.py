@@ -52,14 +52,6 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def publish(temp: Path, final: Path) -> None:
     """Gives a whole, synced file its final name, at once and for good."""
     make_folder(final.parent)

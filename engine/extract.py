@@ -7,13 +7,14 @@ them are bounded, so a slow stage stalls the ones before it and memory stays fla
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter, Inputs, plan_clip
 from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.queues import BatchSize, Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report
 from spatialprobe.engine.store import FeatureStore
@@ -49,25 +50,25 @@ def extract(
     adapter: Adapter,  # loaded to max(spec.layers) + 1 blocks
     store: FeatureStore,
     *,
-    batch_size: int | str = 1,  # or "auto": starts at 4 and halves when the device's memory runs out
+    batch_size: int | str = 1,  # or "auto": the family's AUTO_BATCH, halved when the device's memory runs out
     loaders: int = 2,
     writers: int = 2,
     progress: Progress = lambda clip_id, outcome, reason: None,
 ) -> Report:
     """Extracts every clip of `refs` that `store` lacks.
 
-    A clip that cannot be extracted is recorded in the store's `failed.jsonl`, and the run goes on. Batches are padded
-    to `batch_size` with repeats: kernels keep one shape, and a clip's features do not depend on how many neighbours
-    it happens to have. Only with a batch of 1 are they the same bits whatever the order.
+    A clip that cannot be extracted is recorded in the store's `failed.jsonl`, and the run goes on. A full disk or too
+    little memory ends it, with what was done in the report. Features are the same bits whatever the order only with a
+    batch of 1: in a batch, a library's kernels may round otherwise (tests/test_extract_models.py has the bounds).
     """
     spec, device = store.spec, torch.device(adapter.device)
-    clock, host, size = Clock(device), HostCopies(device), BatchSize(batch_size)
+    clock, host, size = Clock(device), HostCopies(device), BatchSize(batch_size, adapter.AUTO_BATCH)
     done = set(store.ids())
     todo = [ref for ref in refs if ref.id not in done]
     outcomes = Outcomes(Report(asked=len(refs), present=len(refs) - len(todo)), store, progress)
     taps = Taps(adapter.blocks, spec.layers)
     loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
-    on_device = lambda clips: run_batch(clips, size.now, adapter, spec, taps, host, clock)  # noqa: E731
+    on_device = lambda clips: run_batch(clips, adapter, spec, taps, host, clock)  # noqa: E731
     writes = Behind(writing, 2 * writers, outcomes.settle_write)
     try:
         arriving = ahead(loading, lambda ref: prepare(ref, adapter, spec, clock), todo, loaders + size.now)
@@ -84,12 +85,18 @@ def extract(
     except KeyboardInterrupt:
         outcomes.report.interrupted = True
         writes.wait(0)
+    except (StoreFull, MemoryError) as error:
+        outcomes.report.stopped = str(error)
+        writes.settle_rest()
     finally:
         loading.shutdown(cancel_futures=True)
         writing.shutdown()
         taps.remove()
-    outcomes.report.batch_size, outcomes.report.timing = size.now, clock.summary()
-    return outcomes.report
+    report = outcomes.report
+    report.batch_size, report.timing = size.now, clock.summary()
+    settled = report.present + report.written + report.failed + report.skipped
+    assert settled == report.asked or report.interrupted or report.stopped, f"{report.asked - settled} clips were lost"
+    return report
 
 
 # -- loader threads -------------------------------------------------------------------------------------------------
@@ -98,20 +105,24 @@ def extract(
 def prepare(ref: ClipRef, adapter: Adapter, spec: FeatureSpec, clock: Clock) -> Prepared | Unreadable:
     """Decodes a clip and makes the model's input of it. A clip that cannot be read comes back with its error."""
     try:
+        window = spec.frames.window
+        shown = None if window is None else plan_clip(window, adapter, spec)[0].shown
         with clock.host("decode"):
-            clip = load_clip(ref, spec.frames)
+            clip = load_clip(ref, spec.frames, shown)
+        clock.add("decode", nbytes=clip.frames.nbytes)
     except ClipError as error:
         return Unreadable(ref, "decode", error)
-    clock.add("decode", nbytes=clip.frames.nbytes)
     try:
-        plan, kept = plan_clip(len(clip.frames), adapter, spec)
-    except ValueError as error:
-        return Unreadable(ref, "plan", ClipError(str(error)))
-    with clock.host("prepare"):
-        inputs = adapter.prepare(clip, plan)
+        plan, kept = plan_clip(clip.window, adapter, spec)
+        if window is None:
+            clip = replace(clip, frames=clip.frames[list(plan.shown)], index=clip.index[list(plan.shown)])
+        with clock.host("prepare"):
+            inputs = adapter.prepare(clip, plan)
+    except (ValueError, OSError) as error:  # a window the model cannot do, or pixels its processor refuses
+        return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
     provenance = {
         "clip": clip.id,
-        "index": clip.index.tolist(),
+        "index": clip.index.tolist(),  # source frames the model was shown
         "padded": clip.padded,
         "source_size": list(clip.frames.shape[2:]),
         "grid": list(plan.grid),
@@ -138,6 +149,7 @@ def only_prepared(arriving: Iterable[Prepared | Unreadable], outcomes: Outcomes)
 class BatchFeatures:
     """A batch's finished features in host memory, whole once `copied` has happened."""
 
+    batch: int  # B
     tensors: dict[str, Finished]
     peaks: dict[str, Tensor]  # float32 [B]: per tensor and clip, the largest magnitude before rounding
     copied: "torch.cuda.Event | None" = None
@@ -145,7 +157,6 @@ class BatchFeatures:
 
 def run_batch(
     clips: list[Prepared],
-    size: int,
     adapter: Adapter,
     spec: FeatureSpec,
     taps: Taps,
@@ -154,17 +165,18 @@ def run_batch(
 ) -> BatchFeatures:
     """Encodes once, then runs the blocks once per noise step, keeping only pooled rows of the wanted layers."""
     plan, device = clips[0].plan, torch.device(adapter.device)
-    padded = clips + [clips[-1]] * (size - len(clips))
     rows = clips[0].rows
     merged: dict[int, Tensor] = {}  # layer -> mean over steps so far
-    out = BatchFeatures({}, {})
+    out = BatchFeatures(len(clips), {}, {})
 
     def keep(name: str, pooled: Tensor) -> None:
         out.peaks[name] = host.copy(pooled.abs().flatten(1).amax(1))
         out.tensors[name] = finish(pooled, STORE_DTYPES[spec.dtype]).map(host.copy)
 
+    with clock.host("stage"):
+        staged = {name: stage([clip.inputs[name] for clip in clips], device) for name in clips[0].inputs}
     with clock.on_device("upload"):
-        inputs = {name: upload([clip.inputs[name] for clip in padded], device) for name in clips[0].inputs}
+        inputs = {name: x.to(device, non_blocking=True) for name, x in staged.items()}
     with clock.on_device("encode"):
         state = adapter.encode(inputs, plan)
     for step in spec.steps or (None,):
@@ -178,8 +190,8 @@ def run_batch(
                 else:
                     keep(tensor_name(layer, step), pool_features(x, rows, spec.pool))
 
-        with clock.on_device("upload"):
-            noise = batch_noise([clip.ref.id for clip in padded], adapter.noise_shape(plan), spec.seed, step, device)
+        with clock.host("noise"):
+            noise = batch_noise([clip.ref.id for clip in clips], adapter.noise_shape(plan), spec.seed, step, device)
         with clock.on_device("blocks"), taps.into(receive):
             adapter.forward(state, step, noise)
     with clock.on_device("finish"):
@@ -189,12 +201,13 @@ def run_batch(
     return out
 
 
-def upload(tensors: list[Tensor], device: torch.device) -> Tensor:
+def stage(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The tensors as one, in memory that the device can fetch by itself."""
     if device.type != "cuda":
         return torch.stack(tensors)
     shape = (len(tensors), *tensors[0].shape)
-    staged = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)  # a caching allocator: buffers are reused
-    return torch.stack(tensors, out=staged).to(device, non_blocking=True)
+    pinned = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)  # a caching allocator: buffers are reused
+    return torch.stack(tensors, out=pinned)
 
 
 def batch_noise(
@@ -208,7 +221,7 @@ def batch_noise(
         key = hashlib.sha256(f"{seed}|{step}|{clip_id}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         noise.append(torch.randn(shape, generator=generator))
-    return upload(noise, device)
+    return stage(noise, device).to(device, non_blocking=True)
 
 
 class HostCopies:
@@ -254,5 +267,5 @@ def write(b: int, prepared: Prepared, features: BatchFeatures, store: FeatureSto
     position = {row: i for i, row in enumerate(prepared.rows)}
     rows = torch.tensor([position.get(row, -1) for row in prepared.plan.rows])
     with clock.host("write"):
-        nbytes = store.write(prepared.ref.id, tensors, rows, prepared.provenance)
+        nbytes = store.write(prepared.ref.id, tensors, rows, prepared.provenance | {"batch": features.batch})
     clock.add("write", nbytes=nbytes)

@@ -51,7 +51,8 @@ class Job:
     def from_words(cls, words: dict[str, Any], job_file: str | None = None) -> "Job":
         """Words of the command line over those of a job file. Raises ValueError for unknown, missing or odd ones."""
         merged = _read_job_file(Path(job_file)) if job_file else {}
-        options = merged.get("options", {}) | words.get("options", {})
+        short = {name: merged.pop(name) for name in ("size", "prompt") if name in merged}  # as the flags have them
+        options = table("options", merged.get("options", {})) | short | words.get("options", {})
         merged = merged | words | {"options": options}
         known = {f.name for f in fields(cls)}
         if unknown := sorted(merged.keys() - known):
@@ -245,10 +246,15 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     """An option's value as its default's type; text of the command line is parsed."""
     try:
         if isinstance(default, tuple):
-            return parse_size(name, value) if isinstance(value, str) else tuple(int(v) for v in value)
+            numbers = parse_size(name, value) if isinstance(value, str) else tuple(value)
+            if len(numbers) != len(default) or not all(isinstance(v, int) for v in numbers):
+                raise ValueError
+            return numbers
         if isinstance(default, bool):
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(default, str) and not isinstance(value, str):
+            raise ValueError
+        if isinstance(default, int) and not isinstance(value, str | int):
             raise ValueError
         return type(default)(value)
     except (ValueError, KeyError, TypeError):

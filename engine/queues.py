@@ -20,12 +20,10 @@ def ahead(pool: Executor, work: Callable, items: Iterable, depth: int) -> Iterat
 
 
 class BatchSize:
-    """Clips per batch. "auto" starts at 4 and halves, for good, when the device's memory runs out."""
+    """Clips per batch. "auto" starts at `auto` and halves, for good, when the device's memory runs out."""
 
-    AUTO = 4
-
-    def __init__(self, asked: int | str):
-        self.now, self.may_halve = (self.AUTO, True) if asked == "auto" else (asked, False)
+    def __init__(self, asked: int | str, auto: int):
+        self.now, self.may_halve = (auto, True) if asked == "auto" else (asked, False)
 
     def groups(self, clips: Iterable, key: Callable) -> Iterator[list]:
         """Clips of equal keys, in full batches as they fill up, then the rest. At most 4 keys wait for company."""
@@ -36,7 +34,7 @@ class BatchSize:
             if len(group) >= self.now:
                 yield waiting.pop(key(clip))
             elif len(waiting) > 4:
-                yield waiting.pop(next(iter(waiting)))
+                yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))  # the fullest
         yield from waiting.values()
 
     def fitting(self, clips: list, run: Callable[[list], Any]) -> Iterator[tuple[list, Any]]:
@@ -70,6 +68,13 @@ class Behind:
 
     def put(self, item: Any, work: Callable, *args: Any) -> None:
         self._under_way.append((item, self._pool.submit(work, *args)))
+
+    def settle_rest(self) -> None:
+        """Settles all that is left. What cannot be stored any more is left unsettled, to be done again another time."""
+        while self._under_way:
+            item, future = self._under_way.popleft()
+            if not isinstance(future.exception(), OSError):
+                self._settle(item, future)
 
     def wait(self, depth: int | None = None) -> None:
         """Settles what is done, and waits until at most `depth` are under way."""

@@ -3,7 +3,11 @@
 import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
+import torch
+
+from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
 from spatialprobe.engine.progress import RunLog
@@ -47,26 +51,37 @@ class Run:
         shard = f"-{self.job.shard.replace('/', 'of')}" if self.job.shard else ""
         record = {"started": started.isoformat(timespec="seconds"), "spec": self.store.spec_hash}
         record |= {"job": asdict(self.job)} | asdict(report)
-        self.store.write_record(f"run{shard}.json", json.dumps(record, indent=1))
+        try:
+            self.store.write_record(f"run{shard}.json", json.dumps(record, indent=1))
+        except StoreFull as error:
+            report.stopped = report.stopped or str(error)
         return report
 
 
 def open_run(job: Job, *, retry_failed: bool = False) -> Run:
     """Checks a job against the model, the clips and the store, and loads the model.
 
-    Raises ValueError for a job that cannot be done: bad words before anything is written, bad weights after the store
-    was made.
+    Raises ValueError for a job that cannot be done, before the store is made.
     """
-    resolved, refs = resolve(job), job_clips(job)
-    store = FeatureStore.create(job.out, resolved.spec, resolved.about)
-    if retry_failed:
-        failed = store.failures()
-        refs = [ref for ref in refs if ref.id in failed]
-    done = set(store.ids())
+    resolved, refs, out = resolve(job), job_clips(job), Path(job.out)
+    is_store = (out / "spec.json").exists()
+    if retry_failed and not is_store:
+        raise ValueError(f"there is nothing to retry: {out} is not a feature store")
+    FeatureStore.check_place(out, resolved.spec)
+    done = set()
+    if is_store:
+        there = FeatureStore.open(out)
+        done = set(there.ids())
+        failed = there.failures()
+        refs = [ref for ref in refs if ref.id in failed] if retry_failed else refs
     missing = sum(ref.id not in done for ref in refs)
     if missing:
+        if resolved.device.type == "cuda":
+            torch.cuda.set_device(resolved.device)  # streams and events are made on the current device
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         dtype = COMPUTE_DTYPES[resolved.spec.compute_dtype]
-        resolved.adapter.load(resolved.depth, resolved.device, dtype, store.root / "cache")
+        resolved.adapter.load(resolved.depth, resolved.device, dtype, out / "cache")
+    store = FeatureStore.create(out, resolved.spec, resolved.about)  # after loading: bad weights leave no store behind
     return Run(job, resolved, refs, store, missing)
 
 

@@ -44,13 +44,7 @@ class FeatureStore:
         another spec, naming each field that differs, and for a folder that holds something else.
         """
         root = Path(root)
-        if root.exists() and not root.is_dir():
-            raise ValueError(f"{root} is a file; a store is a folder")
-        foreign = _foreign(root) if root.is_dir() else []
-        if (root / "spec.json").exists():
-            cls.open(root)._must_be_of(spec)
-        elif foreign:
-            raise ValueError(f"{root} is not empty and not a store: it holds {', '.join(foreign[:5])}")
+        cls.check_place(root, spec)
         make_folder(root)
         run = RunFolder(root / "tmp")
         _first_wins(run, root / "spec.json", spec.to_json())
@@ -60,6 +54,17 @@ class FeatureStore:
         make_folder(store.clips)
         store.run = run
         return store
+
+    @classmethod
+    def check_place(cls, root: Path, spec: FeatureSpec) -> None:
+        """Raises what `create` would, and writes nothing."""
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"{root} is a file; a store is a folder")
+        foreign = _foreign(root) if root.is_dir() else []
+        if (root / "spec.json").exists():
+            cls.open(root)._must_be_of(spec)
+        elif foreign:
+            raise ValueError(f"{root} is not empty and not a store: it holds {', '.join(foreign[:5])}")
 
     @classmethod
     def open(cls, root: str | Path) -> "FeatureStore":
@@ -235,7 +240,7 @@ class FeatureStore:
 
 def _foreign(root: Path) -> list[str]:
     """Names in a folder that a store about to be made there would not have put there."""
-    names = {p.name for p in root.iterdir()}
+    names = {p.name for p in root.iterdir()} - {"cache"}  # filled while the model is loaded, before the store is made
     runs = root / "tmp"
     if runs.is_dir() and all(p.name == "lock" or p.name.startswith("run-") for p in runs.iterdir()):
         names.discard("tmp")  # another process is making the store, or was killed while making it

@@ -79,7 +79,8 @@ class Clock:
         """{"seconds", "busy", "peak_memory_bytes", "stages": {name: {"seconds", "gb_per_s"}}}.
 
         Loader and writer stages sum over their threads, so they can exceed the run's seconds. `busy` is the share of
-        the run in which the device had work. Peak memory is the device's; on the CPU it is the process's.
+        the run that the device's stages took: on CUDA an upper bound, since a stage also counts its wait for launches.
+        Peak memory is the device's; on the CPU it is the process's.
         """
         self._settle(len(self._events))
         total = time.perf_counter() - self.started

@@ -33,6 +33,8 @@ class ShortClip(ClipError):
 
 def check_clip_id(clip_id: str) -> str:
     """Returns `clip_id`, or raises ValueError: an id becomes a path below the store, so it must stay there."""
+    if not clip_id.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in clip_id):
+        raise ValueError(f"clip id must be UTF-8, got {clip_id!r}: rename the file, or name the clip in a list file")
     parts = clip_id.split("/")
     if not clip_id or any(p in ("", ".", "..") or p.startswith(".") for p in parts):
         raise ValueError(f"clip id must be a relative path without empty, '.' or hidden parts, got {clip_id!r}")
@@ -111,14 +113,16 @@ def parse_query(query: str, window: int) -> tuple[int, ...]:
 
 @dataclass
 class Clip:
-    """A decoded window."""
+    """A decoded window, or the S frames of it that the model is shown."""
 
     id: str
-    frames: Tensor  # uint8 [F, 3, Hi, Wi], RGB; may be a view of channels-last memory
-    index: Tensor  # int64 [F], source frame of each frame; padding repeats the last one
-    padded: int = 0  # how many frames at the end are repeats
+    frames: Tensor  # uint8 [S, 3, Hi, Wi], RGB; may be a view of channels-last memory
+    index: Tensor  # int64 [S], source frame of each frame; padding repeats the last one
+    padded: int = 0  # how many frames at the end of the window are repeats
+    window: int = 0  # F; 0 stands for S, all of them
 
     def __post_init__(self):
+        self.window = self.window or len(self.frames)
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[1] != 3:
             got = f"{self.frames.dtype} {tuple(self.frames.shape)}"
             raise ValueError(f"clip {self.id}: frames must be uint8 [F, 3, H, W], got {got}")

@@ -7,7 +7,7 @@ they are stored; rotation is applied.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -47,22 +47,28 @@ class Packets:
     shown: list[int]  # pts of the frames, ascending: frame n has shown[n]
 
 
-def frames_from_start(path: Path, wanted: range) -> tuple[dict[int, np.ndarray], int]:
+def frames_from_start(
+    path: Path, wanted: range, only: Container[int] | None = None
+) -> tuple[dict[int, np.ndarray], int]:
     """The wanted frames, uint8 [H, W, 3], by decoding from the first; and how many frames were seen.
+
+    With `only`, frames outside of it are decoded but not turned into images.
 
     Stops after the last wanted frame; fewer than that were seen only if the file ends there.
     """
     images, seen, reformatter = {}, 0, VideoReformatter()
     with closing(_frames(path)) as frames:
         for seen, frame in enumerate(frames, 1):
-            if seen - 1 in wanted:
+            if seen - 1 in wanted and (only is None or seen - 1 in only):
                 images[seen - 1] = _upright_rgb(path, frame, reformatter)
             if seen > wanted[-1]:
                 break
     return images, seen
 
 
-def frames_from_keyframe(path: Path, packets: Packets, wanted: range) -> dict[int, np.ndarray] | None:
+def frames_from_keyframe(
+    path: Path, packets: Packets, wanted: range, only: Container[int] | None = None
+) -> dict[int, np.ndarray] | None:
     """The same frames, by decoding from the last keyframe before them; None if that does not give what it should."""
     first = packets.shown[wanted[0]]
     keyframe = max(key for key in packets.keys if packets.pts[key] <= first)
@@ -73,7 +79,7 @@ def frames_from_keyframe(path: Path, packets: Packets, wanted: range) -> dict[in
             for number, frame in enumerate(frames, start):
                 if frame.pts != packets.shown[number]:
                     return None
-                if number in wanted:
+                if number in wanted and (only is None or number in only):
                     images[number] = _upright_rgb(path, frame, reformatter)
                 if number == wanted[-1]:
                     return images

@@ -52,23 +52,25 @@ def pool_features(
     batch, _, height, width, channels = x.shape
     if grid is not None and (grid[0] > height or grid[1] > width):
         raise ValueError(f"grid must not be larger than the {height}x{width} tokens, got {grid[0]}x{grid[1]}")
-    kept = x if rows == tuple(range(x.shape[1])) else x[:, list(rows)]
+    first, last = rows[0], rows[-1] + 1
+    kept = x[:, first:last] if rows == tuple(range(first, last)) else x[:, list(rows)]
     if grid is None or grid == (height, width):
         pooled = kept.float()
     else:
-        pooled = _average(kept.flatten(0, 1).float(), grid).view(batch, len(rows), *grid, channels)
+        pooled = _average(kept.flatten(0, 1), grid).view(batch, len(rows), *grid, channels)
     if into is not None:
         return into.add_(pooled, alpha=weight)
     if weight != 1.0:
         return pooled * weight
-    return pooled.clone() if pooled is x else pooled  # what is returned may be added to: never the input itself
+    is_input = pooled.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    return pooled.clone() if is_input else pooled  # what is returned may be added to
 
 
 def _average(x: Tensor, grid: tuple[int, int]) -> Tensor:  # [N, H, W, C] -> [N, h, w, C]
     (height, width), (h, w) = x.shape[1:3], grid
     if height % h == 0 and width % w == 0:  # exact bins: one reduction, no permuted copies
-        return x.view(len(x), h, height // h, w, width // w, -1).mean((2, 4))
-    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+        return x.unflatten(2, (w, -1)).unflatten(1, (h, -1)).mean((2, 4), dtype=torch.float32)
+    return F.adaptive_avg_pool2d(x.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
 
 
 def finish(x: Tensor, dtype: torch.dtype) -> Finished:

@@ -1,13 +1,18 @@
 """The command line: words, exit codes, and one clear line for everything that is wrong."""
 
+import dataclasses
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.job import Job, resolve, select_shard
+from spatialprobe.engine.presets import PRESETS
 from spatialprobe.engine.store import FeatureStore
 
 
@@ -74,7 +79,7 @@ def test_failed_clips_are_listed_retried_and_exit_1(words, clips_path, make_clip
     assert "1 clips failed" in err
     assert "broken  decode: " in err
     assert "004.png" in err
-    assert "--retry-failed" in err
+    assert f"to retry them: {shlex.join(['engine', *words, '--retry-failed'])}" in err
     store = FeatureStore.open(words[5])
     assert store.ids() == ["whole"]
     log = [json.loads(line) for line in (store.root / "log.jsonl").read_text().splitlines()]
@@ -120,6 +125,7 @@ def test_export_and_import_bring_a_store_back(words, tmp_path, capsys):
         ({"short": "maybe"}, "short must be one of pad, error, skip, got 'maybe'"),
         ({"start": "middle"}, "start must be 'start', 'center', 'start_idx' or a frame number, got 'middle'"),
         ({"pool": "3"}, "pool must be HEIGHTxWIDTH like 15x26, got '3'"),
+        ({"option": "flow_shift=nan"}, "flow_shift must be positive"),
         ({"pool": "9x9"}, "pool must be at most the model's 4x6 tokens, got (9, 9)"),
         ({"size": "65x96"}, "size must be multiples of 16 pixels"),
         ({"option": "colour=red"}, "unknown option 'colour' of Wan; its options are size, prompt"),
@@ -178,9 +184,10 @@ def test_another_spec_is_refused_with_the_fields_that_differ(words, capsys):
 def test_a_job_file_says_the_same_as_flags(words, clips_path, wan_path, tmp_path):
     (tmp_path / "job.toml").write_text(
         f'clips = "{clips_path}"\nmodel = "{wan_path}"\nout = "{tmp_path}/store"\nlayers = [0, "hs3"]\n'
-        'steps = 749\nwindow = 9\nbatch = 2\nshort = "skip"\n[options]\nsize = [64, 96]\n'
+        'steps = 749\nwindow = 9\nbatch = 2\nshort = "skip"\nsize = "32x32"\nstore-dtype = "float16"\n'
+        '[options]\nprompt = ""\n'
     )
-    from_file = Job.from_words({"short": "pad"}, str(tmp_path / "job.toml"))
+    from_file = Job.from_words({"short": "pad", "options": {"size": "64x96"}}, str(tmp_path / "job.toml"))
     from spatialprobe.engine.cli import parser, read_job
 
     assert resolve(from_file).spec == resolve(read_job(parser().parse_args(words))).spec
@@ -223,6 +230,88 @@ def test_parity_is_the_studys_choices(words, clips_path, wan_path, qwen_path):
     with pytest.raises(ValueError, match=r"parity means flow_shift=3\.0, but flow_shift=5\.0 was asked for"):
         resolve(Job.from_words({"clips": "c", "model": str(wan_path), "out": "x", "layers": "1",
                                 "compute": "parity", "options": {"flow_shift": 5}}))  # fmt: skip
+
+
+def test_nothing_to_retry_makes_no_store(words, tmp_path, capsys):
+    assert main([*words, "--retry-failed"]) == 2
+    assert "there is nothing to retry" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_weights_that_cannot_be_loaded_leave_no_store(words, wan_path, tmp_path, capsys):
+    shutil.copytree(wan_path, tmp_path / "broken")
+    shard = sorted((tmp_path / "broken/transformer").glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert main(replaced(words, model=str(tmp_path / "broken"))) == 2
+    assert "is not a whole safetensors file" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    assert main(replaced(words, model=str(tmp_path / "broken"))) == 0
+
+
+def test_a_store_kept_inside_the_model_folder_does_not_change_the_model(words, wan_path, tmp_path):
+    shutil.copytree(wan_path, tmp_path / "model")
+    inside = replaced(words, model=str(tmp_path / "model"), out=str(tmp_path / "model/store"))
+    assert main(inside) == 0
+    assert main(inside) == 0
+
+
+def test_a_full_disk_and_a_bug_have_exit_codes_of_their_own(words, monkeypatch, capsys):
+    from spatialprobe.engine.durable import StoreFull
+
+    def full(self, *args):
+        raise StoreFull(28, "No space left on device: 1 MB needed, 0 MB free", "clips/x")
+
+    monkeypatch.setattr(FeatureStore, "write", full)
+    assert main(words) == 1
+    assert "stopped: [Errno 28] No space left on device: 1 MB needed" in capsys.readouterr().err
+
+    def bug(self, *args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(FeatureStore, "write", bug)
+    with pytest.raises(RuntimeError, match="extraction failed"):
+        main(words)
+
+
+def test_an_interrupted_run_exits_130_and_says_so(words, monkeypatch, capsys):
+    from spatialprobe.engine import run
+    from spatialprobe.engine.report import Report
+
+    monkeypatch.setattr(run, "extract", lambda *a, **k: Report(5, 0, written=2, interrupted=True))
+    assert main(words) == 130
+    assert "interrupted: run the same command again" in capsys.readouterr().err
+
+
+def test_shards_leave_reports_of_their_own_and_the_log_grows(words, tmp_path):
+    for shard in ("0/2", "1/2"):
+        assert main([*words, "--shard", shard]) == 0
+    store = tmp_path / "store"
+    assert json.loads((store / "run-0of2.json").read_text())["written"] == 3
+    assert json.loads((store / "run-1of2.json").read_text())["written"] == 2
+    assert len((store / "log.jsonl").read_text().splitlines()) == 5
+
+
+def test_presets_and_devices_set_the_defaults(clips_path, wan_path, monkeypatch):
+    from spatialprobe.engine import job as job_module
+
+    preset = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], repo=str(wan_path), layers={"geometry": 2, "tagging": 1})
+    monkeypatch.setitem(PRESETS, "tiny", preset)
+    monkeypatch.setattr(job_module, "_device", lambda name: torch.device("cuda:0"))
+    words = {"clips": str(clips_path), "model": "tiny", "out": "x", "batch": 3}
+    resolved = resolve(Job.from_words(words))
+    assert (resolved.spec.layers, resolved.spec.pool, resolved.depth) == ((1, 2), (15, 26), 3)
+    assert (resolved.spec.compute_dtype, resolved.spec.device, resolved.batch) == ("bfloat16", "cuda", 3)
+    assert resolve(Job.from_words(words | {"pool": "none"})).spec.pool is None
+    with pytest.raises(ValueError, match="parity means compute_dtype=bfloat16"):
+        resolve(Job.from_words(words | {"compute": "parity", "compute_dtype": "float32"}))
+
+
+@pytest.mark.parametrize("steps", [{"steps": "749"}, {"merge_steps": True}])
+def test_a_model_without_noise_takes_no_steps(clips_path, qwen_path, steps):
+    words = {"clips": str(clips_path), "model": str(qwen_path), "out": "x", "layers": "1"} | steps
+    with pytest.raises(ValueError, match="Qwen3VL has no noise schedule"):
+        resolve(Job.from_words(words))
 
 
 def test_shards_are_disjoint_and_complete():

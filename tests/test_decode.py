@@ -576,3 +576,22 @@ def test_decoding_writes_nothing(tmp_path):
     load(folder)
     load(path, 2, "center")
     assert (sorted(tmp_path.rglob("*")), path.read_bytes()) == before
+
+
+@pytest.mark.parametrize("start", [0, 300])
+@pytest.mark.parametrize("shown", [(0, 4), (3,), (0, 7, 9)])
+def test_shown_frames_of_a_video_are_those_of_the_whole_window(tmp_path, start, shown):
+    """Also past its end, where they repeat the last frame, and behind the first keyframes."""
+    path = tmp_path / "clip.mkv"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10, width=16, height=16, pix_fmt="bgr0")
+        for _ in range(start + 8):
+            image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="bgr0")))
+        container.mux(stream.encode())
+    ref, selection = ClipRef("a", str(path)), FrameSelection(window=10, start=start)
+    whole, some = load_clip(ref, selection), load_clip(ref, selection, shown)
+    assert torch.equal(some.frames, whole.frames[list(shown)])
+    assert torch.equal(some.index, whole.index[list(shown)])
+    assert (some.window, some.padded) == (10, 2) == (whole.window, whole.padded)

@@ -96,9 +96,9 @@ def test_same_bytes_whatever_the_batch_order_shard_or_rerun(family, clips_path, 
     assert files(backwards) == files(whole)
 
 
-def loaded(asked: Job):
+def loaded(asked: Job, dtype: torch.dtype = torch.float32):
     resolved = resolve(asked)
-    resolved.adapter.load(resolved.depth, resolved.device, torch.float32, Path(asked.out).parent)
+    resolved.adapter.load(resolved.depth, resolved.device, dtype, Path(asked.out).parent)
     return FeatureStore.create(asked.out, resolved.spec), resolved.adapter, job_clips(asked)
 
 
@@ -177,3 +177,39 @@ def test_another_seed_gives_other_features_in_another_store(clips_path, wan_path
     _, other = run_job(job(clips_path, wan_path, tmp_path / "b", limit=1, seed=1))
     a, b = (s.read("clip0", 0, 300).data.float() for s in (store, other))
     assert (a - b).norm() / a.norm() > 0.1
+
+
+@pytest.mark.parametrize("family", ["wan", "qwen"])
+def test_in_bfloat16_a_batch_changes_more_than_the_last_bits(family, clips_path, wan_path, qwen_path, tmp_path):
+    """The bound that README states: relative L2 below 2%, against 0 for clips taken one by one."""
+    model = {"wan": wan_path, "qwen": qwen_path}[family]
+    stores = {}
+    for size in (1, 3):
+        stores[size], adapter, refs = loaded(
+            job(clips_path, model, tmp_path / str(size), compute_dtype="bfloat16"), torch.bfloat16
+        )
+        pipeline.extract(refs, adapter, stores[size], batch_size=size)
+    for layer, step in stores[1].spec.tensors():
+        for clip_id in stores[1].ids():
+            a, b = (stores[size].read(clip_id, layer, step).data.float() for size in (1, 3))
+            assert (a - b).norm() / a.norm() < 0.02
+
+
+def test_only_shown_frames_are_read(clips_path, qwen_path, tmp_path, monkeypatch):
+    from spatialprobe.engine import decode
+
+    read, read_image = [], decode._read_image
+    monkeypatch.setattr(decode, "_read_image", lambda path: read.append(path.name) or read_image(path))
+    _, store = run_job(job(clips_path, qwen_path, tmp_path / "store", query="0,1,5", limit=1))
+    assert read == ["000.png", "001.png", "005.png"]
+    assert store.provenance("clip0")["index"] == [0, 1, 5]
+    assert store.read("clip0", 2).rows.tolist() == [0, 1, -1, -1, -1, 2, -1, -1, -1]
+
+
+def test_provenance_says_how_a_clip_came_about(make_clip, wan_path, tmp_path):
+    make_clip(tmp_path / "clips/short", frames=6)
+    _, store = run_job(job(tmp_path / "clips", wan_path, tmp_path / "store", seed=3, query="5:"))
+    about = store.provenance("short")
+    assert (about["padded"], about["seed"], about["grid"], about["rows_kept"]) == (3, 3, [3, 4, 6], [2])
+    assert about["index"] == [0, 1, 2, 3, 4, 5, 5, 5, 5]
+    assert about["source_size"] == [48, 64]

@@ -22,6 +22,7 @@ def checkpoint(root, family: str, fields: dict) -> Checkpoint:
         files = {
             "transformer/config.json": fields
             | {"attention_head_dim": 128, "patch_size": [1, 2, 2], "in_channels": 16, "out_channels": 16},
+            "model_index.json": {},
             "vae/config.json": {"temperal_downsample": [False, True, True], "z_dim": 16},
         }
     else:

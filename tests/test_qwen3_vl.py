@@ -3,7 +3,8 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL, fit_pixels
 from spatialprobe.engine.checkpoint import Checkpoint
@@ -28,7 +29,8 @@ def features(qwen, clips, layers, query=QUERY) -> dict[int, torch.Tensor]:
     plan = qwen.plan(9, query)
     out = {}
     taps = Taps(qwen.blocks, layers)
-    prepared = [qwen.prepare(c, plan) for c in clips]
+    seen = [Clip(c.id, c.frames[list(query)], c.index[list(query)], window=9) for c in clips]
+    prepared = [qwen.prepare(c, plan) for c in seen]
     with torch.inference_mode():
         state = qwen.encode({k: torch.stack([p[k] for p in prepared]) for k in prepared[0]}, plan)
         with taps.into(lambda layer, x: out.__setitem__(layer, qwen.grid(x, state, plan).clone())):
@@ -42,12 +44,12 @@ def test_equals_hidden_states_of_the_whole_model(qwen_path, tmp_path, dtype):
     qwen = adapter(qwen_path)
     qwen.load(4, CPU, dtype, tmp_path)
     sample = clip()
-    mine = features(qwen, [sample], (3,))[3]
+    mine = features(qwen, [sample], (0, 1, 2, 3))
 
     model = Qwen3VLForConditionalGeneration.from_pretrained(qwen_path, dtype=dtype).eval()
     for p in model.parameters():
         p.data = p.data.clone()
-    processor = AutoImageProcessor.from_pretrained(qwen_path, backend="pil")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(qwen_path)
     tokenizer = AutoTokenizer.from_pretrained(qwen_path)
     images = [
         Image.fromarray(sample.frames[f].permute(1, 2, 0).numpy()).resize(SIZE[::-1], Image.BICUBIC) for f in QUERY
@@ -74,7 +76,8 @@ def test_equals_hidden_states_of_the_whole_model(qwen_path, tmp_path, dtype):
     with torch.inference_mode():
         out = model.model(**ids, **pixels, mm_token_type_ids=is_image.int(), output_hidden_states=True, use_cache=False)
     assert len(out.hidden_states) == 6  # embeddings and all 5 blocks
-    assert torch.equal(mine.flatten(0, 3), out.hidden_states[4][is_image])
+    for layer in (0, 1, 2, 3):  # 0 to 2: before the model adds DeepStack features, as in hidden_states
+        assert torch.equal(mine[layer].flatten(0, 3), out.hidden_states[layer + 1][is_image])
 
 
 def test_only_the_wanted_blocks_are_loaded_and_no_language_head(qwen_path, tmp_path):
@@ -117,7 +120,7 @@ def test_a_batch_gives_what_single_clips_give(qwen_path, tmp_path):
 def test_input_size_is_the_processors(qwen_path, size, images):
     qwen = adapter(qwen_path)
     least, most = qwen._pixel_budget(images)
-    processor = AutoImageProcessor.from_pretrained(qwen_path, backend="pil")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(qwen_path)
     grid = processor(
         images=[Image.new("RGB", size[::-1])],
         size={"shortest_edge": least, "longest_edge": most},

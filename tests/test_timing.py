@@ -21,7 +21,7 @@ def test_nested_stages_are_taken_out_of_the_outer_one():
     stages = {name: stage["seconds"] for name, stage in summary["stages"].items()}
     assert stages["finish"] >= 0.05
     assert 0.02 <= stages["blocks"] < 0.05
-    assert stages["blocks"] + stages["finish"] + stages["decode"] <= summary["seconds"]
+    assert stages["blocks"] + stages["finish"] + stages["decode"] <= summary["seconds"] + 2e-4  # rounded
     assert summary["busy"] == pytest.approx((stages["blocks"] + stages["finish"]) / summary["seconds"], rel=0.01)
     assert summary["stages"]["decode"]["gb_per_s"] == pytest.approx(0.01 / stages["decode"], rel=0.05)
     assert summary["peak_memory_bytes"] > 1e6

@@ -1,5 +1,8 @@
 """Wan's features equal those that plain hooks take from the whole library pipeline, bit for bit."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
@@ -46,7 +49,7 @@ def test_equals_hooks_on_the_whole_pipeline(wan_path, tmp_path, dtype, tiling):
     noise = torch.randn(1, *wan.noise_shape(wan.plan(9, tuple(range(9)))), generator=torch.Generator().manual_seed(5))
     mine = features(wan, sample, (0, 2), 749, noise)
 
-    pipe = WanPipeline.from_pretrained(wan_path, dtype=dtype)
+    pipe = WanPipeline.from_pretrained(wan_path, torch_dtype=dtype)  # diffusers 0.37 knows no other name
     pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=3.0)
     pipe.scheduler.set_timesteps(1000)
     for p in pipe.components.values():  # loaded weights are mapped from the file, mine are aligned copies
@@ -148,3 +151,49 @@ def test_noise_is_per_seed_clip_and_step():
 def test_options_the_model_cannot_take(wan_path, options, message):
     with pytest.raises(ValueError, match=message):
         adapter(wan_path, **options).check_options()
+
+
+@pytest.mark.parametrize("change", [{"boundary_ratio": 0.875}, {"expand_timesteps": True}])
+def test_wan_2_2_is_refused_not_run_with_the_wrong_expert(wan_path, tmp_path, change):
+    shutil.copytree(wan_path, tmp_path / "wan")
+    index = tmp_path / "wan/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(ValueError, match=r"is a Wan 2\.2"):
+        adapter(tmp_path / "wan")
+
+
+def test_image_to_video_is_refused(wan_path, tmp_path):
+    shutil.copytree(wan_path, tmp_path / "wan")
+    config = tmp_path / "wan/transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 36}))
+    with pytest.raises(ValueError, match="is an image-to-video Wan"):
+        adapter(tmp_path / "wan")
+
+
+def test_the_prompt_is_what_was_asked_and_a_damaged_cache_is_made_again(wan_path, tmp_path):
+    prompts = {}
+    for prompt in ("", "a sofa in a room"):
+        wan = adapter(wan_path, prompt=prompt)
+        wan.load(1, CPU, torch.float32, tmp_path)
+        prompts[prompt] = wan.prompt
+    assert not torch.equal(prompts[""], prompts["a sofa in a room"])
+    assert len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+        raw = bytearray(path.read_bytes())
+        raw[-50:] = bytes(50)
+        path.write_bytes(raw)
+    again = adapter(wan_path, prompt="a sofa in a room")
+    again.load(1, CPU, torch.float32, tmp_path)
+    assert torch.equal(again.prompt, prompts["a sofa in a room"])
+
+
+def test_a_group_of_frames_is_completed_not_dropped(wan_path, tmp_path):
+    """10 frames make rows 0, 1-4, 5-8 and 9 with its repeats: as if the clip had frames 10 to 12 equal to frame 9."""
+    wan = adapter(wan_path)
+    wan.load(1, CPU, torch.float32, tmp_path)
+    sample = clip(10)
+    repeated = Clip("a", torch.cat([sample.frames, sample.frames[-1:].expand(3, -1, -1, -1)]), torch.arange(13))
+    noise = torch.randn(1, *wan.noise_shape(wan.plan(10, (0,))))
+    ten, thirteen = (features(wan, c, (0,), 749, noise)[0] for c in (sample, repeated))
+    assert ten.shape[1] == 4
+    assert torch.equal(ten, thirteen)

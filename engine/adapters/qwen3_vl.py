@@ -26,6 +26,7 @@ class Qwen3VL(Adapter):
     }
     PARITY = OPTIONS
     LIBRARIES = ("transformers",)
+    AUTO_BATCH = 4
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
@@ -68,18 +69,19 @@ class Qwen3VL(Adapter):
         return [empty_module(lambda: Qwen3VLModel(config))]  # the model below the language head
 
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.device, self.dtype = device, dtype
         (self.model,) = self.skeleton(depth)
         load_weights(self.model, self.checkpoint, device=device, dtype=dtype, rename=lambda name: f"model.{name}")
         self.blocks = self.model.language_model.layers
         root = self.checkpoint.root
-        self.processor = AutoImageProcessor.from_pretrained(root, backend="pil")  # the other backend needs torchvision
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(root)  # the other one needs torchvision
         self.tokenizer = AutoTokenizer.from_pretrained(root)
 
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
-        frames = resize(clip.frames[list(plan.shown)], self.options["size"], Image.Resampling.BICUBIC)
+        frames = resize(clip.frames, self.options["size"], Image.Resampling.BICUBIC)
         least, most = self._pixel_budget(len(plan.shown))
         images = self.processor(
             images=[Image.fromarray(f) for f in frames.numpy()],
@@ -88,7 +90,7 @@ class Qwen3VL(Adapter):
         )
         ids = self.tokenizer(self._text(plan), return_tensors="pt")["input_ids"][0]
         return {
-            "pixel_values": images["pixel_values"],
+            "pixel_values": images["pixel_values"].to(self.dtype),
             "image_grid_thw": images["image_grid_thw"],
             "input_ids": ids,
             "image_positions": (ids == self.config["image_token_id"]).nonzero()[:, 0],  # here, not on the device
@@ -109,7 +111,7 @@ class Qwen3VL(Adapter):
         self.model(
             input_ids=ids,
             mm_token_type_ids=(ids == self.config["image_token_id"]).int(),
-            pixel_values=state["pixel_values"].flatten(0, 1).to(self.dtype),
+            pixel_values=state["pixel_values"].flatten(0, 1),
             image_grid_thw=state["image_grid_thw"].flatten(0, 1),
             use_cache=False,
         )

@@ -36,6 +36,10 @@ class Wan(Adapter):
         self.vae_config = checkpoint.json("vae/config.json")
         if self.config.get("image_dim") is not None or self.config["in_channels"] != self.config["out_channels"]:
             raise ValueError(f"{checkpoint.root} is an image-to-video Wan; this adapter runs text-to-video")
+        index = checkpoint.json("model_index.json")
+        two_experts = (index.get("transformer_2") or [None])[0] is not None or index.get("boundary_ratio") is not None
+        if two_experts or index.get("expand_timesteps") or self.vae_config.get("is_residual"):
+            raise ValueError(f"{checkpoint.root} is a Wan 2.2; this adapter runs Wan 2.1 text-to-video")
         self.num_layers = self.config["num_layers"]
         self.num_steps = NUM_STEPS
         self.channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
@@ -48,7 +52,7 @@ class Wan(Adapter):
             raise ValueError(f"size must be multiples of {self.cell} pixels, got {self.options['size']}")
         if self.options["prompt_tokens"] < 1:
             raise ValueError(f"prompt_tokens must be at least 1, got {self.options['prompt_tokens']}")
-        if self.options["flow_shift"] <= 0:
+        if not 0 < self.options["flow_shift"] < math.inf:
             raise ValueError(f"flow_shift must be positive, got {self.options['flow_shift']}")
 
     def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
@@ -105,6 +109,7 @@ class Wan(Adapter):
         key = hashlib.sha256(f"{self.checkpoint.identity}|{prompt}|{tokens}|{self.dtype}".encode()).hexdigest()[:16]
         return cached(cache / f"prompt-{key}.safetensors", self._run_text_encoder)["prompt"]
 
+    @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
         from diffusers import WanPipeline
         from transformers import AutoTokenizer, UMT5EncoderModel
