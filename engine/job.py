@@ -1,5 +1,6 @@
 """A job: what a user asked for, with every default filled in and every word checked before any work begins."""
 
+import os
 import tomllib
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -41,7 +42,7 @@ class Job:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)  # the family's own: size, prompt, ...
     batch: int | str = "auto"  # clips per batch on a GPU; auto halves when memory runs out
-    loaders: int = 2
+    loaders: int | None = None  # threads that decode and resize; default: 2 on the CPU, for a GPU all cores up to 16
     writers: int = 2
     device: str | None = None
     shard: str | None = None  # "i/n", i from 0
@@ -156,6 +157,7 @@ class Resolved:
     depth: int  # blocks to load
     device: torch.device
     batch: int | str
+    loaders: int
     about: dict[str, str]  # the model as the user named it: not part of the features' identity
 
 
@@ -195,7 +197,8 @@ def resolve(job: Job) -> Resolved:
     about = {"model": job.model, "repo": checkpoint.repo or str(checkpoint.root), "compute": job.compute}
     # On the CPU a batch is no faster, and a clip's place in it changes the last bits of matrix products.
     batch = 1 if device.type == "cpu" else job.batch
-    return Resolved(spec, adapter, max(spec.layers) + 1, device, batch, about)
+    loaders = job.loaders or (2 if device.type == "cpu" else min(16, os.cpu_count() or 2))
+    return Resolved(spec, adapter, max(spec.layers) + 1, device, batch, loaders, about)
 
 
 def _open(job: Job, preset) -> Checkpoint:

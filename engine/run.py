@@ -42,7 +42,7 @@ class Run:
                     self.resolved.adapter,
                     self.store,
                     batch_size=self.resolved.batch,
-                    loaders=self.job.loaders,
+                    loaders=self.resolved.loaders,
                     writers=self.job.writers,
                     progress=log.clip,
                 )
