@@ -1,0 +1,11 @@
+#include "lanes_neon.h"
+
+#include "insert_scalar.h"
+#include "tile_kernels.h"
+
+namespace spatialprobe {
+
+extern const Kernels kernels_neon;
+const Kernels kernels_neon = make_kernels("neon");
+
+}  // namespace spatialprobe

@@ -1,0 +1,11 @@
+#include "lanes_sse2.h"
+
+#include "insert_scalar.h"
+#include "tile_kernels.h"
+
+namespace spatialprobe {
+
+extern const Kernels kernels_sse2;
+const Kernels kernels_sse2 = make_kernels("sse2");
+
+}  // namespace spatialprobe
