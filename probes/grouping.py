@@ -240,7 +240,7 @@ def _to_float64(array: np.ndarray) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):
             return array.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:  # scikit-learn's conventions want the TypeError of an object that is no number at all
         raise ValueError(f"embeddings: wanted numbers, got an object that is none: {error}") from error
 
 
