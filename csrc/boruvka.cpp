@@ -33,6 +33,7 @@ struct Frontier {
   Index candidate = -1;         // the far end of the least one seen this round
   double weight = kInfinity;    // of the candidate
   double at_least = 0.0;        // none is lighter, this round or later
+  bool listed_inside = false;   // every listed neighbour is in the point's component by now
 };
 
 class Boruvka {
@@ -99,11 +100,13 @@ class Boruvka {
   // `beyond`; a listed one is certainly the least if it is lighter than that (if equal, an unlisted one might come first).
   void consider_listed(Index p) {
     Frontier& f = frontier_[p];
+    if (f.listed_inside) return;
     const Index* neighbour = neighbours_.indices_of(p);
     const double* distance = neighbours_.distances_of(p);
     for (int k = 0; k < neighbours_.width && neighbour[k] >= 0; ++k)
       if (component_[neighbour[k]] != component_[p])
         consider(p, neighbour[k], weight(p, neighbour[k], distance[k]));
+    f.listed_inside = f.candidate < 0;
     const double core = neighbours_.core[p], beyond = neighbours_.beyond[p] / alpha_;
     f.at_least = std::max({f.at_least, core, std::min(f.weight, beyond)});
     if (f.candidate >= 0 && f.weight < beyond) f.nearest = f.candidate;
@@ -139,6 +142,7 @@ class Boruvka {
   void offer_known_edges() {
     pool_.for_chunks(tiles_.points, [&](Index begin, Index end, int) {
       for (Index p = begin; p < end; ++p) {
+        if (component_[p] == largest_) continue;
         Frontier& f = frontier_[p];
         if (f.nearest >= 0 && component_[f.nearest] != component_[p]) {
           f.candidate = f.nearest;
@@ -247,14 +251,15 @@ class Boruvka {
   void join_least_edges() {
     std::vector<Index> found;
     for (Index p = 0; p < tiles_.points; ++p) {
-      Frontier& f = frontier_[p];
       const Index component = component_[p];
+      if (component == largest_) continue;
+      Frontier& f = frontier_[p];
       const double bound = bounds_[component].load(std::memory_order_relaxed);
       if (open_[p]) {  // everything up to the bound was looked at
         if (f.candidate >= 0 && f.weight <= bound) f.nearest = f.candidate;
         f.at_least = std::max(f.at_least, std::min(bound, f.weight));
       }
-      if (component == largest_ || f.candidate < 0 || f.weight != bound) continue;
+      if (f.candidate < 0 || f.weight != bound) continue;
       Index& least = least_[component];
       if (least < 0) found.push_back(component);
       if (least < 0 || lighter(f.weight, p, f.candidate, frontier_[least].weight, least, frontier_[least].candidate))

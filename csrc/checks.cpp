@@ -1,6 +1,8 @@
 #include "checks.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 
@@ -17,13 +19,21 @@ template <typename Wanted, typename Got>
   throw std::invalid_argument(message.str());
 }
 
-// The first row with a value that is not finite or too large, or -1.
+bool is_bad(float x) { return !(std::fabs(x) <= std::numeric_limits<float>::max()); }
+bool is_bad(double x) { return !(std::fabs(x) <= kLargest); }
+
+// The first row with a value that is not finite or too large, or -1. Counts whole chunks, which vectorises, before it
+// looks for the row.
 template <typename Scalar>
 std::int64_t first_bad_row(const Scalar* x, std::int64_t rows, int dims) {
-  for (std::int64_t row = 0; row < rows; ++row, x += dims) {
-    bool good = true;
-    for (int d = 0; d < dims; ++d) good &= std::fabs(static_cast<double>(x[d])) <= kLargest;  // false for NaN
-    if (!good) return row;
+  constexpr std::int64_t kChunk = 4096;
+  const std::int64_t size = rows * dims;
+  for (std::int64_t begin = 0; begin < size; begin += kChunk) {
+    const std::int64_t end = std::min(size, begin + kChunk);
+    int bad = 0;
+    for (std::int64_t i = begin; i < end; ++i) bad += is_bad(x[i]) ? 1 : 0;
+    for (std::int64_t i = begin; bad > 0 && i < end; ++i)
+      if (is_bad(x[i])) return i / dims;
   }
   return -1;
 }
@@ -33,7 +43,7 @@ void refuse_row(const Embeddings& embeddings, std::int64_t row) {
     const std::int64_t at = row * embeddings.dims + d;
     const double value = embeddings.single ? static_cast<double>(static_cast<const float*>(embeddings.data)[at])
                                            : static_cast<const double*>(embeddings.data)[at];
-    if (std::fabs(value) <= kLargest) continue;
+    if (!is_bad(value)) continue;
     std::ostringstream got;
     got << (std::isnan(value) ? "NaN" : std::isinf(value) ? "infinity (inf)" : "a larger value") << " first in row "
         << row << ", column " << d;

@@ -5,16 +5,18 @@
 namespace spatialprobe {
 namespace {
 
+// Four independent chains of multiplications: one would wait for itself at every coordinate.
 std::uint64_t hash_row(const double* x, int dims) {
-  std::uint64_t hash = 0x9e3779b97f4a7c15u;
+  std::uint64_t hash[4] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu, 0xd6e8feb86659fd93u};
   for (int d = 0; d < dims; ++d) {
     const double value = x[d] + 0.0;  // -0 and 0 are equal
     std::uint64_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    hash = (hash ^ bits) * 0xff51afd7ed558ccdu;
-    hash ^= hash >> 32;
+    hash[d % 4] = (hash[d % 4] ^ bits ^ (bits >> 29)) * 0xff51afd7ed558ccdu;
   }
-  return hash;
+  std::uint64_t all = 0;
+  for (const std::uint64_t part : hash) all = (all ^ part ^ (part >> 32)) * 0xff51afd7ed558ccdu;
+  return all ^ (all >> 32);
 }
 
 bool equal_rows(const Embeddings& embeddings, Index a, Index b, std::vector<double>& x, std::vector<double>& y) {

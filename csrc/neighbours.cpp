@@ -97,17 +97,10 @@ class Search {
     for (int q = 0; q < queries; ++q) work.box_limits[lanes[q]] = list_box_limit(lanes[q], work);
   }
 
+  // How far a box may be that could still hold one of the lane's eight nearest.
   float list_box_limit(int lane, const Workspace& work) const {
     const float last = work.list_distance[lane * kShortList + kShortList - 1];
-    return last < kFar ? box_limit_of_stored(last) : kFar;
-  }
-
-  // A box farther than this (squared) holds no stored squared distance below `squared`.
-  float box_limit_of_stored(float squared) const {
-    const FloatBounds& bounds = tiles_.bounds;
-    const double reach =
-        std::sqrt((squared + bounds.absolute) * (1.0 + bounds.relative)) + bounds.rounding + bounds.projection;
-    return static_cast<float>(reach * reach * (1.0 + 1e-5));
+    return last < kFar ? tiles_.bounds.box_limit_of_stored(last) : kFar;
   }
 
   void sort_tiles_by_bound(int tile, Workspace& work) const {

@@ -36,9 +36,13 @@ struct FloatBounds {
     const double reach = radius * scale + projection;
     return as_limit(reach * reach);
   }
-  // Everything in a box at this squared distance is at a true distance of at least this.
-  double box_certain(double squared) const {
-    return std::max(0.0, (std::sqrt(squared) * (1.0 - 1e-5) - projection) / scale);
+  // The same for a stored squared distance s instead of a true radius: (sqrt(s) + e)^2 <= (1 + t) s + (1 + 1/t) e^2 for
+  // every t > 0, which saves the square root.
+  float box_limit_of_stored(float squared) const {
+    constexpr double t = 1e-3;
+    const double e = rounding + projection;
+    const double slope = (1.0 + t) * (1.0 + relative) * (1.0 + 1e-5);
+    return static_cast<float>(squared * slope + ((1.0 + t) * absolute + (1.0 + 1.0 / t) * e * e) * (1.0 + 1e-5));
   }
 
  private:

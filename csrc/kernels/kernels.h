@@ -15,7 +15,7 @@ namespace spatialprobe {
 constexpr int kTile = 64;       // points per tile; a set of lanes is a uint64_t
 constexpr int kBlock = 8;       // queries per kernel call, so that their limits stay fresh
 constexpr int kShortList = 8;   // neighbours in a short list: eight floats are one AVX register
-constexpr int kMaxBoxDims = 8;  // bounding boxes live in at most this many principal directions
+constexpr int kMaxBoxDims = 12;  // bounding boxes live in at most this many principal directions
 constexpr float kFar = 1e30f;   // no two stored points are this far apart (squared); padding is farther
 
 struct Hit {
