@@ -10,7 +10,7 @@ namespace spatialprobe {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int kRefresh = 4;  // tiles searched between looks at what other points have found meanwhile
+constexpr int kRefresh = 8;  // tiles searched between looks at what other points have found meanwhile
 
 void lower(std::atomic<double>& bound, double weight) {
   double seen = bound.load(std::memory_order_relaxed);
@@ -103,9 +103,11 @@ class Boruvka {
     if (f.listed_inside) return;
     const Index* neighbour = neighbours_.indices_of(p);
     const double* distance = neighbours_.distances_of(p);
-    for (int k = 0; k < neighbours_.width && neighbour[k] >= 0; ++k)
+    for (int k = 0; k < neighbours_.width && neighbour[k] >= 0; ++k) {
+      if (distance[k] / alpha_ > f.weight) break;  // as are all that follow
       if (component_[neighbour[k]] != component_[p])
         consider(p, neighbour[k], weight(p, neighbour[k], distance[k]));
+    }
     f.listed_inside = f.candidate < 0;
     const double core = neighbours_.core[p], beyond = neighbours_.beyond[p] / alpha_;
     f.at_least = std::max({f.at_least, core, std::min(f.weight, beyond)});
@@ -185,7 +187,7 @@ class Boruvka {
     for (std::size_t i = 0; i < work.order.size(); ++i) {
       if (i % kRefresh == 0) {
         refresh_box_limits(tile, work);
-        widest = *std::max_element(work.box_limits, work.box_limits + kTile);
+        widest = widest_limit(work.box_limits);
       }
       if (work.order[i].first > widest) break;
       const int other = work.order[i].second;
@@ -214,9 +216,21 @@ class Boruvka {
   }
 
   void sort_tiles_by_bound(int tile, Workspace& work) const {
-    kernels_.box_distances(tiles_.low_by_dim.data(), tiles_.high_by_dim.data(), tiles_.box_dims, tiles_.padded_count,
-                           tiles_.box_low(tile), tiles_.box_high(tile), work.box_bounds.data());
-    const float widest = *std::max_element(work.box_limits, work.box_limits + kTile);
+    // Often few of the tile's points still search: their own box is much smaller than the tile's.
+    float low[kMaxBoxDims], high[kMaxBoxDims];
+    for (int d = 0; d < tiles_.box_dims; ++d) {
+      low[d] = kFar;
+      high[d] = -kFar;
+      const float* x = tiles_.box_points(tile) + d * kTile;
+      for (int lane = 0; lane < kTile; ++lane) {
+        if (work.box_limits[lane] < 0.0f) continue;
+        low[d] = std::min(low[d], x[lane]);
+        high[d] = std::max(high[d], x[lane]);
+      }
+    }
+    kernels_.box_distances(tiles_.low_by_dim.data(), tiles_.high_by_dim.data(), tiles_.box_dims, tiles_.padded_count, low,
+                           high, work.box_bounds.data());
+    const float widest = widest_limit(work.box_limits);
     const Index own = tile_component_[tile];
     work.order.clear();
     for (int t = 0; t < tiles_.count; ++t) {

@@ -5,15 +5,20 @@
 namespace spatialprobe {
 namespace {
 
+std::uint64_t mix(std::uint64_t hash, double x) {
+  const double value = x + 0.0;  // -0 and 0 are equal
+  std::uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (hash ^ bits ^ (bits >> 29)) * 0xff51afd7ed558ccdu;
+}
+
 // Four independent chains of multiplications: one would wait for itself at every coordinate.
 std::uint64_t hash_row(const double* x, int dims) {
   std::uint64_t hash[4] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu, 0xd6e8feb86659fd93u};
-  for (int d = 0; d < dims; ++d) {
-    const double value = x[d] + 0.0;  // -0 and 0 are equal
-    std::uint64_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    hash[d % 4] = (hash[d % 4] ^ bits ^ (bits >> 29)) * 0xff51afd7ed558ccdu;
-  }
+  int d = 0;
+  for (; d + 4 <= dims; d += 4)
+    for (int k = 0; k < 4; ++k) hash[k] = mix(hash[k], x[d + k]);
+  for (; d < dims; ++d) hash[0] = mix(hash[0], x[d]);
   std::uint64_t all = 0;
   for (const std::uint64_t part : hash) all = (all ^ part ^ (part >> 32)) * 0xff51afd7ed558ccdu;
   return all ^ (all >> 32);

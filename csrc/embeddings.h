@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "squared_distance.h"
+
 namespace spatialprobe {
 
 using Index = std::int32_t;  // points; the door refuses more than 2^30, so that tree nodes fit as well
@@ -29,6 +31,12 @@ struct Embeddings {
     if (metric == Metric::cosine) normalise(out);
   }
 
+  void prefetch(std::int64_t row) const {
+    const std::int64_t bytes = dims * static_cast<std::int64_t>(single ? sizeof(float) : sizeof(double));
+    const char* x = static_cast<const char*>(data) + row * bytes;
+    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(x + at);
+  }
+
   double squared_norm(const double* x) const {
     double sum = 0.0;
     for (int d = 0; d < dims; ++d) sum += x[d] * x[d];
@@ -41,24 +49,6 @@ struct Embeddings {
     for (int d = 0; d < dims; ++d) x[d] /= norm;
   }
 };
-
-// The one definition of a squared distance: four interleaved float64 sums, so that every compiler and every vector width
-// gives the same bits (the build forbids contraction into fused multiply-adds).
-inline double squared_distance(const double* a, const double* b, int dims) {
-  double sum[4] = {0.0, 0.0, 0.0, 0.0};
-  int d = 0;
-  for (; d + 4 <= dims; d += 4) {
-    for (int k = 0; k < 4; ++k) {
-      const double difference = a[d + k] - b[d + k];
-      sum[k] += difference * difference;
-    }
-  }
-  for (; d < dims; ++d) {
-    const double difference = a[d] - b[d];
-    sum[0] += difference * difference;
-  }
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
 
 // 1 - cos of unit vectors is half their squared distance, which does not cancel for close pairs.
 inline double distance_from_squared(Metric metric, double squared) {

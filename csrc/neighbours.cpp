@@ -70,7 +70,7 @@ class Search {
     sort_tiles_by_bound(tile, work);
     float widest = 0.0f;
     for (std::size_t i = 0; i < work.order.size(); ++i) {
-      if (i % 4 == 0) widest = *std::max_element(work.box_limits, work.box_limits + kTile);
+      if (i % 4 == 0) widest = widest_limit(work.box_limits);
       if (work.order[i].first > widest) break;
       const int other = work.order[i].second;
       if (other == tile) continue;
@@ -106,7 +106,7 @@ class Search {
   void sort_tiles_by_bound(int tile, Workspace& work) const {
     kernels_.box_distances(tiles_.low_by_dim.data(), tiles_.high_by_dim.data(), tiles_.box_dims, tiles_.padded_count,
                            tiles_.box_low(tile), tiles_.box_high(tile), work.box_bounds.data());
-    const float widest = *std::max_element(work.box_limits, work.box_limits + kTile);
+    const float widest = widest_limit(work.box_limits);
     work.order.clear();
     for (int t = 0; t < tiles_.count; ++t)
       if (work.box_bounds[t] <= widest) work.order.emplace_back(work.box_bounds[t], t);
@@ -124,13 +124,18 @@ class Search {
 
   // Turns a float32 list into the exact result if it certainly holds it.
   bool settle(Index p, const float* squared, const std::int32_t* indices) const {
-    Candidate list[kShortList];
     int listed = 0;
-    while (listed < kShortList && indices[listed] >= 0) {
-      list[listed] = {tiles_.distance(p, indices[listed]), indices[listed]};
-      ++listed;
+    while (listed < kShortList && indices[listed] >= 0) ++listed;
+    double exact[kShortList];
+    kernels_.exact_squared(&tiles_.exact[static_cast<std::size_t>(p) * tiles_.dims], tiles_.exact.data(), indices, listed,
+                           tiles_.dims, exact);
+    Candidate list[kShortList];
+    for (int i = 0; i < listed; ++i) {  // float32 has them almost in order
+      const Candidate candidate{distance_from_squared(tiles_.metric, exact[i]), indices[i]};
+      int at = i;
+      for (; at > 0 && candidate < list[at - 1]; --at) list[at] = list[at - 1];
+      list[at] = candidate;
     }
-    std::sort(list, list + listed);
     const double beyond =
         listed == kShortList
             ? distance_at_radius(tiles_.metric, tiles_.bounds.certain(squared[kShortList - 1]))
@@ -174,7 +179,7 @@ class Search {
       for (int q = 0; q < queries; ++q)
         if (work.heaps[q].size() == wanted)
           work.box_limits[lanes[q]] = tiles_.bounds.box_limit(radius_of(tiles_.metric, work.heaps[q].front().first));
-      widest = *std::max_element(work.box_limits, work.box_limits + kTile);
+      widest = widest_limit(work.box_limits);
     }
     for (int q = 0; q < queries; ++q) {
       std::vector<Candidate>& heap = work.heaps[q];

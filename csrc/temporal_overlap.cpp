@@ -89,6 +89,10 @@ class RunReader {
     const Predicted* predicted = predicted_row(view, y);
     char* change = changes.data();
     for (std::int64_t x = 1; x < truth_.width; ++x) change[x] |= static_cast<char>(truth[x] != truth[x - 1]);
+    if (predicted_.width == truth_.width) {
+      for (std::int64_t x = 1; x < truth_.width; ++x) change[x] |= static_cast<char>(predicted[x] != predicted[x - 1]);
+      return;
+    }
     for (std::int64_t c = 1; c < predicted_.width; ++c)
       change[starts_[c]] |= static_cast<char>(predicted[c] != predicted[c - 1]);
   }

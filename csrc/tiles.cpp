@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kUnit = 5.97e-8;      // 2^-24, rounded up: the relative error of one float32 operation
 constexpr int kDotFormDims = 16;       // from here half the operations outweigh the cancellation
-constexpr Index kSample = 2048;        // rows that the axes are estimated from; any orthonormal axes are correct
+constexpr Index kSample = 1024;        // rows that the axes are estimated from; any orthonormal axes are correct
 constexpr int kAxisCandidates = 64;    // coordinates of largest variance among which axes are sought, if there are more
 constexpr float kPadding = 3e18f;      // its square is beyond kFar and finite
 
@@ -84,7 +84,7 @@ std::vector<float> box_axes(const Embeddings& embeddings, const std::vector<Inde
       for (int b = 0; b < size; ++b) covariance[a * size + b] += y[a] * y[b];
   }
   const std::vector<double> vectors =
-      eigenvectors_by_value(std::vector<double>(covariance.begin(), covariance.end()), size, 1e-8);
+      eigenvectors_by_value(std::vector<double>(covariance.begin(), covariance.end()), size, 1e-4);
   std::vector<float> axes(static_cast<std::size_t>(dims) * kMaxBoxDims, 0.0f);
   for (int k = 0; k < kMaxBoxDims; ++k)
     for (int a = 0; a < size; ++a) axes[candidates[a] * kMaxBoxDims + k] = static_cast<float>(vectors[k * size + a]);
@@ -183,23 +183,30 @@ void order_by_halving(std::vector<Index>& order, const std::vector<float>& proje
   });
 }
 
+double squared_norm(const float* x, int dims) {
+  double sum[4] = {0.0, 0.0, 0.0, 0.0};
+  int d = 0;
+  for (; d + 4 <= dims; d += 4)
+    for (int k = 0; k < 4; ++k) sum[k] += static_cast<double>(x[d + k]) * x[d + k];
+  for (; d < dims; ++d) sum[0] += static_cast<double>(x[d]) * x[d];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 void fill_columns(Tiles& tiles, int t, const Embeddings& embeddings, const Extent& extent) {
   const int dims = tiles.dims;
   const double scale = tiles.bounds.scale * (tiles.dot_form ? std::sqrt(2.0) : 1.0);
   float* columns = &tiles.columns[static_cast<std::size_t>(t) * tiles.tile_floats];
   std::fill(columns, columns + tiles.tile_floats, tiles.dot_form ? 0.0f : kPadding);
   if (tiles.dot_form) std::fill(columns + dims * kTile, columns + (dims + 1) * kTile, 2.0f * kFar);
+  std::vector<float> stored(dims);
   for (Index p = tiles.begin(t); p < tiles.end(t); ++p) {
     const int lane = static_cast<int>(p - tiles.begin(t));
     double* x = &tiles.exact[static_cast<std::size_t>(p) * dims];
+    embeddings.prefetch(tiles.row[std::min(p + 4, tiles.points - 1)]);  // rows lie anywhere
     embeddings.read(tiles.row[p], x);
-    double norm = 0.0;
-    for (int d = 0; d < dims; ++d) {
-      const float stored = static_cast<float>((x[d] - extent.mean[d]) * scale);
-      columns[d * kTile + lane] = stored;
-      norm += static_cast<double>(stored) * stored;
-    }
-    if (tiles.dot_form) columns[dims * kTile + lane] = static_cast<float>(0.5 * norm);
+    for (int d = 0; d < dims; ++d) stored[d] = static_cast<float>((x[d] - extent.mean[d]) * scale);
+    for (int d = 0; d < dims; ++d) columns[d * kTile + lane] = stored[d];
+    if (tiles.dot_form) columns[dims * kTile + lane] = static_cast<float>(0.5 * squared_norm(stored.data(), dims));
   }
 }
 

@@ -84,6 +84,15 @@ struct Tiles {
   }
 };
 
+// The largest of a tile's limits; sixteen running maxima, because compilers keep the order of a single one.
+inline float widest_limit(const float* limits) {
+  float widest[16];
+  std::copy(limits, limits + 16, widest);
+  for (int lane = 16; lane < kTile; lane += 16)
+    for (int k = 0; k < 16; ++k) widest[k] = limits[lane + k] > widest[k] ? limits[lane + k] : widest[k];
+  return *std::max_element(widest, widest + 16);
+}
+
 // `rows` are the input rows that take part.
 Tiles build_tiles(const Embeddings& embeddings, const std::vector<Index>& rows, ThreadPool& pool);
 

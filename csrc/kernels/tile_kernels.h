@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../squared_distance.h"
 #include "kernels.h"
 
 namespace {
@@ -55,6 +56,23 @@ SPATIALPROBE_INLINE void point_at(const float* query_tile, const int* lanes, con
   for (int i = 0; i < Q; ++i) query[i] = query_tile + lanes[i];
 }
 
+// Sums go to memory only where there is a hit: loops over hits index them, which registers cannot be.
+template <int Q, int C>
+SPATIALPROBE_INLINE void spill(const Vector (&sum)[Q][C], float (&squared)[Q][C * Lanes::width]) {
+  for (int i = 0; i < Q; ++i)
+    for (int j = 0; j < C; ++j) Lanes::store(squared[i] + j * Lanes::width, sum[i][j]);
+}
+
+template <int C>
+SPATIALPROBE_INLINE std::uint64_t lanes_below(const float* squared, float limit) {
+  std::uint64_t set = 0;
+  for (int j = 0; j < C; ++j) {
+    const Lanes::Mask below = Lanes::less(Lanes::load(squared + j * Lanes::width), Lanes::all(limit));
+    set |= Lanes::bits(below) << (j * Lanes::width);
+  }
+  return set;
+}
+
 template <Form form, int Q, int C>
 SPATIALPROBE_INLINE int closer_block(const float* query_tile, const int* lanes, const float* limits, int first,
                                      const float* tile, int dims, Hit* hits) {
@@ -71,16 +89,12 @@ SPATIALPROBE_INLINE int closer_block(const float* query_tile, const int* lanes, 
       any = Lanes::either(any, Lanes::less(least, Lanes::all(limits[first + i])));
     }
     if (__builtin_expect(!Lanes::any(any), 1)) continue;
+    alignas(64) float squared[Q][C * Lanes::width];
+    spill(sum, squared);
     for (int i = 0; i < Q; ++i) {
-      const Vector limit = Lanes::all(limits[first + i]);
-      std::uint64_t set = 0;
-      for (int j = 0; j < C; ++j) set |= Lanes::bits(Lanes::less(sum[i][j], limit)) << (j * Lanes::width);
-      if (set == 0) continue;
-      float squared[C * Lanes::width];
-      for (int j = 0; j < C; ++j) Lanes::store(squared + j * Lanes::width, sum[i][j]);
-      for (; set != 0; set &= set - 1) {
+      for (std::uint64_t set = lanes_below<C>(squared[i], limits[first + i]); set != 0; set &= set - 1) {
         const int lane = __builtin_ctzll(set);
-        hits[found++] = Hit{first + i, c + lane, squared[lane]};
+        hits[found++] = Hit{first + i, c + lane, squared[i][lane]};
       }
     }
   }
@@ -126,10 +140,10 @@ SPATIALPROBE_INLINE int crossing_block(const float* query_tile, const int* lanes
       any = Lanes::either(any, Lanes::less(least, Lanes::all(limits[first + i])));
     }
     if (__builtin_expect(!Lanes::any(any), 1)) continue;
+    alignas(64) float squared[Q][C * Lanes::width];
+    spill(sum, squared);
     for (int i = 0; i < Q; ++i) {
-      const Vector limit = Lanes::all(limits[first + i]);
-      std::uint64_t set = 0;
-      for (int j = 0; j < C; ++j) set |= Lanes::bits(Lanes::less(sum[i][j], limit)) << (j * Lanes::width);
+      std::uint64_t set = lanes_below<C>(squared[i], limits[first + i]);
       if (set == 0) continue;
       for (int j = 0; j < C; ++j) {
         const std::int32_t* there = tile_components + c + j * Lanes::width;
@@ -186,6 +200,16 @@ void first_limits(const int* lanes, int queries, const float* tile, int dims, fl
   }
 }
 
+void exact_squared(const double* point, const double* points, const std::int32_t* others, int count, int dims,
+                   double* out) {
+  for (int i = 0; i < count; ++i) {  // the others lie anywhere: fetch them all before the first is needed
+    const double* other = points + static_cast<std::int64_t>(others[i]) * dims;
+    for (int d = 0; d < dims; d += 8) __builtin_prefetch(other + d);
+  }
+  for (int i = 0; i < count; ++i)
+    out[i] = spatialprobe::squared_distance(point, points + static_cast<std::int64_t>(others[i]) * dims, dims);
+}
+
 void keep(const Hit* hits, int found, const int* lanes, std::int32_t first, float* distances, std::int32_t* indices) {
   for (const Hit* hit = hits; hit != hits + found; ++hit) {
     const int list = lanes[hit->query] * spatialprobe::kShortList;
@@ -233,6 +257,7 @@ constexpr spatialprobe::Kernels make_kernels(const char* name) {
           {closer<Form::dot>, crossing<Form::dot>, first_limits<Form::dot>},
           lanes_near_box,
           box_distances,
+          exact_squared,
           keep};
 }
 
