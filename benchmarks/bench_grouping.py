@@ -28,8 +28,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+
 from spatialprobe.probes import _grouping
-from spatialprobe.probes.grouping import HDBSCAN, group, group_scenes, principal_components, temporal_overlap
+from spatialprobe.probes.grouping import group, group_scenes, principal_components, temporal_overlap
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from grouping_reference import labels_with_ties_merged, same_partition
@@ -46,7 +47,9 @@ def hdbscan_package(**options) -> Callable:
     import hdbscan
 
     def run(x):
-        found = hdbscan.HDBSCAN(MIN_CLUSTER_SIZE, MIN_SAMPLES, core_dist_n_jobs=1, gen_min_span_tree=True, **options).fit(x)
+        found = hdbscan.HDBSCAN(
+            MIN_CLUSTER_SIZE, MIN_SAMPLES, core_dist_n_jobs=1, gen_min_span_tree=True, **options
+        ).fit(x)
         return found.labels_, (found._min_spanning_tree[:, :2].astype(int), found._min_spanning_tree[:, 2])
 
     return run
@@ -115,7 +118,9 @@ def ours(n_jobs: int) -> Callable:
 class Contender:
     make: Callable[[], Callable]
     exact: bool
-    largest: dict[int, int] = field(default_factory=lambda: {8: 10**6, 32: 20000})  # by dims; slower ones would take hours
+    largest: dict[int, int] = field(
+        default_factory=lambda: {8: 10**6, 32: 20000}
+    )  # by dims; slower ones would take hours
 
 
 CONTENDERS = {
@@ -344,7 +349,10 @@ def race_components(rounds: int) -> dict:
     x = embeddings(12480, 32)
     timings: dict[str, list[float]] = {"ours": [], "scikit-learn": []}
     for _ in range(rounds):
-        for name, run in (("ours", lambda: principal_components(x)), ("scikit-learn", PCA(8, random_state=0).fit_transform)):
+        for name, run in (
+            ("ours", lambda: principal_components(x)),
+            ("scikit-learn", PCA(8, random_state=0).fit_transform),
+        ):
             start = time.process_time()
             run() if name == "ours" else run(x)
             timings[name].append(time.process_time() - start)
@@ -382,9 +390,13 @@ def report_race(result: dict, peak: float) -> None:
     for name, row in result["contenders"].items():
         row["cpu_ratio"], row["wall_ratio"] = row["cpu_s"] / mine["cpu_s"], row["wall_s"] / mine["wall_s"]
         merged = " (same partition with ties merged)" if row.get("same_partition_with_ties_merged") else ""
-        say(f"  {name:32}{row['wall_s']:9.4f}{row['cpu_s']:9.4f}{row['cpu_ratio']:10.1f}  {row['points_that_differ']}{merged}")
+        say(
+            f"  {name:32}{row['wall_s']:9.4f}{row['cpu_s']:9.4f}{row['cpu_ratio']:10.1f}  {row['points_that_differ']}{merged}"
+        )
     result["floor_s"], result["floor_share"] = floor, floor / mine["cpu_s"]
-    say(f"  arithmetic floor N^2 D/2 at {peak / 1e9:.0f} GFMA/s: {floor:.4f} s, {100 * result['floor_share']:.0f}% of ours")
+    say(
+        f"  arithmetic floor N^2 D/2 at {peak / 1e9:.0f} GFMA/s: {floor:.4f} s, {100 * result['floor_share']:.0f}% of ours"
+    )
 
 
 def main() -> None:
@@ -412,7 +424,10 @@ def main() -> None:
     ):
         result[name] = measured
         for row in measured if isinstance(measured, list) else [measured]:
-            say(f"\n{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            say(
+                f"\n{name}: "
+                + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            )
     if options.record:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "grouping-cpu.json").write_text(json.dumps(result, indent=1) + "\n")

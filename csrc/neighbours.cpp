@@ -127,8 +127,7 @@ class Search {
     int listed = 0;
     while (listed < kShortList && indices[listed] >= 0) ++listed;
     double exact[kShortList];
-    kernels_.exact_squared(&tiles_.exact[static_cast<std::size_t>(p) * tiles_.dims], tiles_.exact.data(), indices, listed,
-                           tiles_.dims, exact);
+    tiles_.exact_squared(kernels_, p, indices, listed, exact);
     Candidate list[kShortList];
     for (int i = 0; i < listed; ++i) {  // float32 has them almost in order
       const Candidate candidate{distance_from_squared(tiles_.metric, exact[i]), indices[i]};

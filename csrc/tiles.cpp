@@ -199,11 +199,17 @@ void fill_columns(Tiles& tiles, int t, const Embeddings& embeddings, const Exten
   std::fill(columns, columns + tiles.tile_floats, tiles.dot_form ? 0.0f : kPadding);
   if (tiles.dot_form) std::fill(columns + dims * kTile, columns + (dims + 1) * kTile, 2.0f * kFar);
   std::vector<float> stored(dims);
+  std::vector<double> x(dims);
   for (Index p = tiles.begin(t); p < tiles.end(t); ++p) {
     const int lane = static_cast<int>(p - tiles.begin(t));
-    double* x = &tiles.exact[static_cast<std::size_t>(p) * dims];
     embeddings.prefetch(tiles.row[std::min(p + 4, tiles.points - 1)]);  // rows lie anywhere
-    embeddings.read(tiles.row[p], x);
+    embeddings.read(tiles.row[p], x.data());
+    if (tiles.exact_double.empty()) {
+      std::transform(x.begin(), x.end(), &tiles.exact_single[static_cast<std::size_t>(p) * dims],
+                     [](double value) { return static_cast<float>(value); });
+    } else {
+      std::copy(x.begin(), x.end(), &tiles.exact_double[static_cast<std::size_t>(p) * dims]);
+    }
     for (int d = 0; d < dims; ++d) stored[d] = static_cast<float>((x[d] - extent.mean[d]) * scale);
     for (int d = 0; d < dims; ++d) columns[d * kTile + lane] = stored[d];
     if (tiles.dot_form) columns[dims * kTile + lane] = static_cast<float>(0.5 * squared_norm(stored.data(), dims));
@@ -256,7 +262,11 @@ Tiles build_tiles(const Embeddings& embeddings, const std::vector<Index>& rows, 
 
   const std::size_t box_floats = static_cast<std::size_t>(tiles.count) * tiles.box_dims;
   const std::size_t padded_floats = static_cast<std::size_t>(tiles.padded_count) * tiles.box_dims;
-  tiles.exact.resize(rows.size() * tiles.dims);
+  if (embeddings.single && embeddings.metric == Metric::euclidean) {
+    tiles.exact_single.resize(rows.size() * tiles.dims);
+  } else {  // rows scaled to unit norm are no float32 numbers
+    tiles.exact_double.resize(rows.size() * tiles.dims);
+  }
   tiles.columns.resize(static_cast<std::size_t>(tiles.count) * tiles.tile_floats);
   if (tiles.box_dims != tiles.dims) tiles.projected.assign(box_floats * kTile, 0.0f);
   tiles.low.resize(box_floats);

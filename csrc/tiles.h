@@ -62,7 +62,8 @@ struct Tiles {
   int tile_floats = 0;      // of one tile in `columns`
 
   std::vector<Index> row;         // [points] which input row
-  std::vector<double> exact;      // [points, dims] the true coordinates; only these decide
+  std::vector<float> exact_single;    // [points, dims] the true coordinates, which alone decide, if they are float32;
+  std::vector<double> exact_double;   // otherwise here
   std::vector<float> columns;     // [count, dims (+ half norms), 64]
   std::vector<float> projected;   // [count, box_dims, 64]; empty where the columns serve
   std::vector<float> low, high;            // boxes by tile, [count, box_dims]
@@ -80,7 +81,17 @@ struct Tiles {
 
   double distance(Index p, Index q) const {
     const std::size_t stride = dims;
-    return distance_from_squared(metric, squared_distance(&exact[p * stride], &exact[q * stride], dims));
+    const double squared = exact_double.empty()
+                               ? squared_distance(&exact_single[p * stride], &exact_single[q * stride], dims)
+                               : squared_distance(&exact_double[p * stride], &exact_double[q * stride], dims);
+    return distance_from_squared(metric, squared);
+  }
+  void exact_squared(const Kernels& kernels, Index p, const Index* others, int count, double* out) const {
+    if (exact_double.empty()) {
+      kernels.exact_squared_single(exact_single.data(), dims, p, others, count, out);
+    } else {
+      kernels.exact_squared_double(exact_double.data(), dims, p, others, count, out);
+    }
   }
 };
 

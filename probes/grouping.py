@@ -125,9 +125,13 @@ class HDBSCAN:
             min_cluster_size=min_cluster_size,
             min_samples=min_cluster_size if self.min_samples is None else _count("min_samples", self.min_samples, 1),
             cluster_selection_epsilon=_number("cluster_selection_epsilon", self.cluster_selection_epsilon),
-            max_cluster_size=0 if self.max_cluster_size is None else _count("max_cluster_size", self.max_cluster_size, 1),
+            max_cluster_size=0
+            if self.max_cluster_size is None
+            else _count("max_cluster_size", self.max_cluster_size, 1),
             alpha=_number("alpha", self.alpha),
-            cluster_selection_method=_choice("cluster_selection_method", self.cluster_selection_method, ("eom", "leaf")),
+            cluster_selection_method=_choice(
+                "cluster_selection_method", self.cluster_selection_method, ("eom", "leaf")
+            ),
             allow_single_cluster=bool(self.allow_single_cluster),
         )
 

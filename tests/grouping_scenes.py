@@ -23,7 +23,11 @@ class Noise:
     mixed: float
 
 
-LEVELS = {"easy": Noise(0.05, 0.10, 0.06, 0.02), "mid": Noise(0.12, 0.22, 0.12, 0.05), "hard": Noise(0.22, 0.40, 0.20, 0.10)}
+LEVELS = {
+    "easy": Noise(0.05, 0.10, 0.06, 0.02),
+    "mid": Noise(0.12, 0.22, 0.12, 0.05),
+    "hard": Noise(0.22, 0.40, 0.20, 0.10),
+}
 
 
 @dataclass(frozen=True)

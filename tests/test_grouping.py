@@ -12,6 +12,7 @@ from hdbscan.hdbscan_ import _tree_to_labels
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import HDBSCAN as SklearnHDBSCAN
+
 from spatialprobe.probes import _grouping
 from spatialprobe.probes.grouping import HDBSCAN, group, group_scenes, principal_components
 
@@ -91,7 +92,9 @@ def test_core_distances_and_weights_equal_brute_force(dims, dtype):
     np.testing.assert_allclose(weights, mutual, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("metric", "alpha"), [("cosine", 1.0), ("euclidean", 1.5), ("euclidean", 0.6), ("cosine", 2.0)])
+@pytest.mark.parametrize(
+    ("metric", "alpha"), [("cosine", 1.0), ("euclidean", 1.5), ("euclidean", 0.6), ("cosine", 2.0)]
+)
 @pytest.mark.parametrize("dims", [3, 8, 24])
 def test_metric_and_alpha_equal_brute_force(metric, alpha, dims):
     x = blobs(600, dims, dims, np.float64)
@@ -237,7 +240,11 @@ def test_partition_equals_hdbscan_exact_and_quitefastmst(dims, level):
     ends, weights, _ = tree(x)
     labels = reference.labels_with_ties_merged(ends, weights, 10)
     exact = hdbscan.HDBSCAN(
-        min_cluster_size=10, min_samples=5, algorithm="boruvka_kdtree", approx_min_span_tree=False, gen_min_span_tree=True
+        min_cluster_size=10,
+        min_samples=5,
+        algorithm="boruvka_kdtree",
+        approx_min_span_tree=False,
+        gen_min_span_tree=True,
     ).fit(x)
     other = exact._min_spanning_tree
     assert reference.same_partition(labels, with_our_weights(x, other[:, :2].astype(int), other[:, 2], weights, 10))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
+
 from spatialprobe.probes import _grouping
 from spatialprobe.probes.grouping import HDBSCAN, _embeddings, group, group_scenes, principal_components
 
@@ -159,7 +160,9 @@ def test_bad_parameters_are_refused(parameters, match):
 def test_zero_rows_have_no_direction():
     x = POINTS.copy()
     x[4] = 0
-    with pytest.raises(ValueError, match="rows of norm above 1e-145 for the cosine metric, got a smaller norm first in row 4"):
+    with pytest.raises(
+        ValueError, match="rows of norm above 1e-145 for the cosine metric, got a smaller norm first in row 4"
+    ):
         group(x, metric="cosine")
 
 

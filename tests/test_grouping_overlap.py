@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
+
 from spatialprobe.probes.grouping import group, principal_components, temporal_overlap
 
 sys.path.append(str(Path(__file__).parent))
@@ -29,7 +30,9 @@ def test_overlap_equals_the_definition(data):
     ids = rng.integers(-(2**40), 2**40, 4) if data.draw(st.booleans()) else np.array([0, 1, 2, 7])
     predicted = rng.choice(np.append(ids, -1), (views, h, w))
     truth_ids = np.abs(ids) % 200
-    truth = rng.choice(truth_ids, (views, up_h, up_w)).astype(data.draw(st.sampled_from(["u1", "u2", "i4", "i8", "i2"])))
+    truth = rng.choice(truth_ids, (views, up_h, up_w)).astype(
+        data.draw(st.sampled_from(["u1", "u2", "i4", "i8", "i2"]))
+    )
     ignore, threshold = int(rng.choice(truth_ids)), data.draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]))
     rows, columns = np.arange(up_h) * h // up_h, np.arange(up_w) * w // up_w
     upsampled = predicted[:, rows][:, :, columns]

@@ -45,8 +45,10 @@ struct Kernels {
   void (*box_distances)(const float* low, const float* high, int dims, int boxes, const float* own_low,
                         const float* own_high, float* out);
   // Squared distances of one point to others, float64: the bits of squared_distance(), a kernel only for its speed.
-  void (*exact_squared)(const double* point, const double* points, const std::int32_t* others, int count, int dims,
-                        double* out);
+  void (*exact_squared_single)(const float* points, int dims, std::int32_t point, const std::int32_t* others, int count,
+                               double* out);
+  void (*exact_squared_double)(const double* points, int dims, std::int32_t point, const std::int32_t* others, int count,
+                               double* out);
   // Enters hits into the queries' sorted short lists (of kShortList each, by lane); lane 0 of the tile is point `first`.
   void (*keep)(const Hit* hits, int found, const int* query_lanes, std::int32_t first, float* distances,
                std::int32_t* indices);

@@ -200,14 +200,16 @@ void first_limits(const int* lanes, int queries, const float* tile, int dims, fl
   }
 }
 
-void exact_squared(const double* point, const double* points, const std::int32_t* others, int count, int dims,
-                   double* out) {
+template <typename Scalar>
+void exact_squared(const Scalar* points, int dims, std::int32_t point, const std::int32_t* others, int count, double* out) {
+  const std::int64_t stride = dims;
   for (int i = 0; i < count; ++i) {  // the others lie anywhere: fetch them all before the first is needed
-    const double* other = points + static_cast<std::int64_t>(others[i]) * dims;
-    for (int d = 0; d < dims; d += 8) __builtin_prefetch(other + d);
+    const char* other = reinterpret_cast<const char*>(points + others[i] * stride);
+    for (std::int64_t at = 0; at < stride * static_cast<std::int64_t>(sizeof(Scalar)); at += 64)
+      __builtin_prefetch(other + at);
   }
   for (int i = 0; i < count; ++i)
-    out[i] = spatialprobe::squared_distance(point, points + static_cast<std::int64_t>(others[i]) * dims, dims);
+    out[i] = spatialprobe::squared_distance(points + point * stride, points + others[i] * stride, dims);
 }
 
 void keep(const Hit* hits, int found, const int* lanes, std::int32_t first, float* distances, std::int32_t* indices) {
@@ -257,7 +259,8 @@ constexpr spatialprobe::Kernels make_kernels(const char* name) {
           {closer<Form::dot>, crossing<Form::dot>, first_limits<Form::dot>},
           lanes_near_box,
           box_distances,
-          exact_squared,
+          exact_squared<float>,
+          exact_squared<double>,
           keep};
 }
 
