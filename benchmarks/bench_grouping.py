@@ -4,11 +4,12 @@
     python benchmarks/bench_grouping.py --big      also N = 99,456: some minutes more
     python benchmarks/bench_grouping.py --record   writes results/grouping-cpu.json
 
-Every contender runs once per round, in turn, so that what else the machine does hits all alike. Wall time and CPU seconds
-are medians over the rounds; ratios are of CPU seconds, because a contender's threads may hide on idle cores. Each exact
-contender's spanning tree or labels are compared with ours: exact ones differ only in how they order equal edges.
+Every contender runs once per round, in turn, so that what else the machine does hits all alike. Wall time and CPU
+seconds are medians over the rounds; ratios are of CPU seconds, because a contender's threads may hide on idle cores.
+Each exact contender's spanning tree or labels are compared with ours: they differ only in the order of equal edges.
 """
 
+# ruff: noqa: E402  (thread counts are read when libraries load)
 import os
 
 for _variable in ("OMP", "OPENBLAS", "MKL", "NUMBA", "RAYON"):
@@ -178,7 +179,7 @@ def race(points: int, dims: int, rounds: int) -> dict:
 
 
 def agreement(x: np.ndarray, result: tuple, our_labels: np.ndarray, exact: bool) -> dict:
-    """How many points the labels differ in (renamed as well as can be) and, of exact contenders, whether the tree is ours."""
+    """How many points' labels differ (renamed as well as can be); of exact contenders, whether the tree is ours."""
     labels, tree = result
     agreed = {"points_that_differ": int((best_renaming(labels, our_labels) != our_labels).sum())}
     if not exact:
@@ -314,7 +315,7 @@ def race_overlap(rounds: int) -> dict:
     scene = make_scene(12480)
     labels = group(principal_components(scene.embeddings)).reshape(scene.truth.shape)
     rows, columns = np.arange(480) * 30 // 480, np.arange(832) * 52 // 832
-    fine = make_scene_truth_at_pixels(scene.truth)
+    fine = truth_at_pixels(scene.truth)
     upsampled = labels[:, rows][:, :, columns]
     timings: dict[str, list[float]] = {"ours": [], "ours, labels on the token grid": [], "numpy": []}
     for _ in range(rounds):
@@ -334,7 +335,7 @@ def race_overlap(rounds: int) -> dict:
     }
 
 
-def make_scene_truth_at_pixels(truth: np.ndarray) -> np.ndarray:
+def truth_at_pixels(truth: np.ndarray) -> np.ndarray:
     """Masks [8, 480, 832] with ragged borders: every pixel reads a cell up to half a cell away."""
     rng = np.random.default_rng(0)
     shift = np.cumsum(rng.integers(-1, 2, (2, 480, 832)), axis=2) // 4 % 16 - 8
@@ -363,7 +364,9 @@ def race_components(rounds: int) -> dict:
 
 
 def machine() -> dict:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "?"
+    )
     packages = ("numpy", "scikit-learn", "hdbscan", "fast_hdbscan", "quitefastmst", "hdbscan-rs", "numba")
     versions = {}
     for package in packages:
@@ -389,14 +392,13 @@ def report_race(result: dict, peak: float) -> None:
     say(f"  {'':32}{'wall s':>9}{'CPU s':>9}{'CPU/ours':>10}  points that differ")
     for name, row in result["contenders"].items():
         row["cpu_ratio"], row["wall_ratio"] = row["cpu_s"] / mine["cpu_s"], row["wall_s"] / mine["wall_s"]
-        merged = " (same partition with ties merged)" if row.get("same_partition_with_ties_merged") else ""
-        say(
-            f"  {name:32}{row['wall_s']:9.4f}{row['cpu_s']:9.4f}{row['cpu_ratio']:10.1f}  {row['points_that_differ']}{merged}"
-        )
+        differ = str(row["points_that_differ"])
+        if row.get("same_partition_with_ties_merged"):
+            differ += " (same partition with ties merged)"
+        say(f"  {name:32}{row['wall_s']:9.4f}{row['cpu_s']:9.4f}{row['cpu_ratio']:10.1f}  {differ}")
     result["floor_s"], result["floor_share"] = floor, floor / mine["cpu_s"]
-    say(
-        f"  arithmetic floor N^2 D/2 at {peak / 1e9:.0f} GFMA/s: {floor:.4f} s, {100 * result['floor_share']:.0f}% of ours"
-    )
+    share = f"{100 * result['floor_share']:.0f}% of ours"
+    say(f"  arithmetic floor N^2 D/2 at {peak / 1e9:.0f} GFMA/s: {floor:.4f} s, {share}")
 
 
 def main() -> None:

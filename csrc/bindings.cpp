@@ -1,5 +1,5 @@
-// The Python face of the grouping: checks, allocates, releases the GIL, calls. Everything else lives in files that do not
-// know Python.
+// The Python face of the grouping: checks, allocates, releases the GIL, calls. Everything else lives in files that do
+// not know Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,7 +27,8 @@ Metric metric_of(const std::string& name) {
 Embeddings embeddings_of(const py::array& array, Metric metric) {
   const bool single = py::isinstance<py::array_t<float>>(array);
   if (!single && !py::isinstance<py::array_t<double>>(array))
-    throw std::invalid_argument("embeddings: wanted float32 or float64, got " + py::str(array.dtype()).cast<std::string>());
+    throw std::invalid_argument("embeddings: wanted float32 or float64, got " +
+                                py::str(array.dtype()).cast<std::string>());
   if (array.ndim() != 2)
     throw std::invalid_argument("embeddings: wanted 2 dimensions [N, D], got " + std::to_string(array.ndim()));
   if (!(array.flags() & py::array::c_style) || reinterpret_cast<std::uintptr_t>(array.data()) % array.itemsize() != 0)
@@ -112,8 +113,8 @@ std::vector<Edge> edges_of(const Ends& ends, const Weights& weights) {
     const std::int64_t a = ends.at(i, 0), b = ends.at(i, 1);
     const double weight = weights.at(i);
     if (a < 0 || b < 0 || a >= points || b >= points || !(weight >= 0.0) || (i > 0 && weight < weights.at(i - 1)))
-      throw std::invalid_argument("edges: wanted ends in [0, M] and weights >= 0 in ascending order, got others in row " +
-                                  std::to_string(i));
+      throw std::invalid_argument("edges: wanted ends in [0, M] and weights >= 0 in ascending order, got others in " +
+                                  ("row " + std::to_string(i)));
     edges.push_back({static_cast<Index>(a), static_cast<Index>(b), weight});
   }
   if (!spans(edges, static_cast<Index>(points)))

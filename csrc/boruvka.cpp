@@ -29,21 +29,33 @@ struct Workspace {
 
 // What is known of the edges that leave a point's component there.
 struct Frontier {
-  Index nearest = -1;           // the far end of the least one, if certain
-  Index candidate = -1;         // the far end of the least one seen this round
-  double weight = kInfinity;    // of the candidate
-  double at_least = 0.0;        // none is lighter, this round or later
-  bool listed_inside = false;   // every listed neighbour is in the point's component by now
+  Index nearest = -1;          // the far end of the least one, if certain
+  Index candidate = -1;        // the far end of the least one seen this round
+  double weight = kInfinity;   // of the candidate
+  double at_least = 0.0;       // none is lighter, this round or later
+  bool listed_inside = false;  // every listed neighbour is in the point's component by now
 };
 
 class Boruvka {
  public:
   Boruvka(const Tiles& tiles, const Neighbours& neighbours, double alpha, const Kernels& kernels, ThreadPool& pool)
-      : tiles_(tiles), neighbours_(neighbours), alpha_(alpha), kernels_(kernels), forms_(tiles.forms(kernels)),
-        pool_(pool), sets_(tiles.points), components_(tiles.points), frontier_(tiles.points), open_(tiles.points, 0),
-        bounds_(tiles.points), component_(static_cast<std::size_t>(tiles.count) * kTile, -1),
-        tile_component_(tiles.count), stored_core_(static_cast<std::size_t>(tiles.count) * kTile, 2.0f * kFar),
-        tile_core_(tiles.count, 2.0f * kFar), size_(tiles.points), least_(tiles.points, -1),
+      : tiles_(tiles),
+        neighbours_(neighbours),
+        alpha_(alpha),
+        kernels_(kernels),
+        forms_(tiles.forms(kernels)),
+        pool_(pool),
+        sets_(tiles.points),
+        components_(tiles.points),
+        frontier_(tiles.points),
+        open_(tiles.points, 0),
+        bounds_(tiles.points),
+        component_(static_cast<std::size_t>(tiles.count) * kTile, -1),
+        tile_component_(tiles.count),
+        stored_core_(static_cast<std::size_t>(tiles.count) * kTile, 2.0f * kFar),
+        tile_core_(tiles.count, 2.0f * kFar),
+        size_(tiles.points),
+        least_(tiles.points, -1),
         workspaces_(pool.threads(), Workspace(tiles)) {
     store_cores();
   }
@@ -97,7 +109,7 @@ class Boruvka {
   }
 
   // Considers the listed neighbours outside p's component. Every edge to a point that is not listed weighs at least
-  // `beyond`; a listed one is certainly the least if it is lighter than that (if equal, an unlisted one might come first).
+  // `beyond`; a listed one is certainly the least if it is lighter (if equal, an unlisted one might come first).
   void consider_listed(Index p) {
     Frontier& f = frontier_[p];
     if (f.listed_inside) return;
@@ -105,8 +117,7 @@ class Boruvka {
     const double* distance = neighbours_.distances_of(p);
     for (int k = 0; k < neighbours_.width && neighbour[k] >= 0; ++k) {
       if (distance[k] / alpha_ > f.weight) break;  // as are all that follow
-      if (component_[neighbour[k]] != component_[p])
-        consider(p, neighbour[k], weight(p, neighbour[k], distance[k]));
+      if (component_[neighbour[k]] != component_[p]) consider(p, neighbour[k], weight(p, neighbour[k], distance[k]));
     }
     f.listed_inside = f.candidate < 0;
     const double core = neighbours_.core[p], beyond = neighbours_.beyond[p] / alpha_;
@@ -131,8 +142,9 @@ class Boruvka {
     largest_ = static_cast<Index>(std::max_element(size_.begin(), size_.end()) - size_.begin());
     for (int t = 0; t < tiles_.count; ++t) {
       const Index first = component_[tiles_.begin(t)];
-      const bool whole = std::all_of(&component_[tiles_.begin(t)], &component_[tiles_.begin(t)] +
-                                     (tiles_.end(t) - tiles_.begin(t)), [&](Index c) { return c == first; });
+      const bool whole =
+          std::all_of(&component_[tiles_.begin(t)], &component_[tiles_.begin(t)] + (tiles_.end(t) - tiles_.begin(t)),
+                      [&](Index c) { return c == first; });
       tile_component_[t] = whole ? first : -1;
     }
     for (Index p = 0; p < tiles_.points; ++p)
@@ -196,7 +208,8 @@ class Boruvka {
                                                        tiles_.box_high(other), work.box_limits);
            set != 0; set &= set - 1) {
         const int lane = __builtin_ctzll(set);
-        if (component_[tiles_.begin(tile) + lane] != tile_component_[other] && tile_core_[other] <= work.box_limits[lane])
+        if (component_[tiles_.begin(tile) + lane] != tile_component_[other] &&
+            tile_core_[other] <= work.box_limits[lane])
           lanes[near++] = lane;
       }
       for (int q = 0; q < near; q += kBlock) search_pair(tile, other, lanes + q, std::min(kBlock, near - q), work);
@@ -210,8 +223,7 @@ class Boruvka {
       if (!open_[p]) continue;
       const double bound = bound_of(p);
       if (frontier_[p].at_least <= bound)
-        work.box_limits[p - tiles_.begin(tile)] =
-            tiles_.bounds.box_limit(radius_of(tiles_.metric, bound * alpha_));
+        work.box_limits[p - tiles_.begin(tile)] = tiles_.bounds.box_limit(radius_of(tiles_.metric, bound * alpha_));
     }
   }
 
@@ -228,8 +240,8 @@ class Boruvka {
         high[d] = std::max(high[d], x[lane]);
       }
     }
-    kernels_.box_distances(tiles_.low_by_dim.data(), tiles_.high_by_dim.data(), tiles_.box_dims, tiles_.padded_count, low,
-                           high, work.box_bounds.data());
+    kernels_.box_distances(tiles_.low_by_dim.data(), tiles_.high_by_dim.data(), tiles_.box_dims, tiles_.padded_count,
+                           low, high, work.box_bounds.data());
     const float widest = widest_limit(work.box_limits);
     const Index own = tile_component_[tile];
     work.order.clear();
@@ -249,9 +261,8 @@ class Boruvka {
       components[q] = component_[p];
     }
     const Index first = tiles_.begin(other);
-    const int found =
-        forms_.crossing(tiles_.tile(tile), lanes, limits, components, queries, tiles_.tile(other), &stored_core_[first],
-                        &component_[first], tiles_.dims, work.hits.data());
+    const int found = forms_.crossing(tiles_.tile(tile), lanes, limits, components, queries, tiles_.tile(other),
+                                      &stored_core_[first], &component_[first], tiles_.dims, work.hits.data());
     for (int h = 0; h < found; ++h) {
       const Index p = tiles_.begin(tile) + lanes[work.hits[h].query], q = first + work.hits[h].lane;
       const double found_weight = weight(p, q, tiles_.distance(p, q));
@@ -293,17 +304,17 @@ class Boruvka {
   ThreadPool& pool_;
 
   DisjointSets sets_;
-  Index components_;                           // how many are left
+  Index components_;  // how many are left
   Index largest_ = -1;
   std::vector<Edge> edges_;
-  std::vector<Frontier> frontier_;             // [points]
-  std::vector<char> open_;                     // [points] whether the point searches this round
-  std::vector<std::atomic<double>> bounds_;    // [points], at a component's root: no heavier edge is its least one
-  std::vector<Index> component_;               // [tiles, 64]; -1 pads
-  std::vector<Index> tile_component_;          // [tiles] the component a tile lies in, or -1
-  std::vector<float> stored_core_;             // [tiles, 64]
-  std::vector<float> tile_core_;               // [tiles] the least of the tile
-  std::vector<Index> size_, least_;            // [points], at a component's root
+  std::vector<Frontier> frontier_;           // [points]
+  std::vector<char> open_;                   // [points] whether the point searches this round
+  std::vector<std::atomic<double>> bounds_;  // [points], at a component's root: no heavier edge is its least one
+  std::vector<Index> component_;             // [tiles, 64]; -1 pads
+  std::vector<Index> tile_component_;        // [tiles] the component a tile lies in, or -1
+  std::vector<float> stored_core_;           // [tiles, 64]
+  std::vector<float> tile_core_;             // [tiles] the least of the tile
+  std::vector<Index> size_, least_;          // [points], at a component's root
   std::vector<Workspace> workspaces_;
 };
 

@@ -45,8 +45,10 @@ void refuse_row(const Embeddings& embeddings, std::int64_t row) {
                                            : static_cast<const double*>(embeddings.data)[at];
     if (!is_bad(value)) continue;
     std::ostringstream got;
-    got << (std::isnan(value) ? "NaN" : std::isinf(value) ? "infinity (inf)" : "a larger value") << " first in row "
-        << row << ", column " << d;
+    got << (std::isnan(value)   ? "NaN"
+            : std::isinf(value) ? "infinity (inf)"
+                                : "a larger value")
+        << " first in row " << row << ", column " << d;
     refuse("embeddings", "finite values of at most 1e150", got.str());
   }
 }
@@ -68,9 +70,8 @@ void check_embeddings(const Embeddings& embeddings) {
   }
   if (embeddings.rows > kMostRows) refuse("embeddings", "at most 2**30 rows", embeddings.rows);
   const std::int64_t bad =
-      embeddings.single
-          ? first_bad_row(static_cast<const float*>(embeddings.data), embeddings.rows, embeddings.dims)
-          : first_bad_row(static_cast<const double*>(embeddings.data), embeddings.rows, embeddings.dims);
+      embeddings.single ? first_bad_row(static_cast<const float*>(embeddings.data), embeddings.rows, embeddings.dims)
+                        : first_bad_row(static_cast<const double*>(embeddings.data), embeddings.rows, embeddings.dims);
   if (bad >= 0) refuse_row(embeddings, bad);
   if (embeddings.metric != Metric::cosine) return;
   Embeddings raw = embeddings;
@@ -102,8 +103,10 @@ void check_min_samples(std::int64_t min_samples, std::int64_t rows) {
 
 void check_components(int components, const Embeddings& embeddings) {
   if (components < 1 || components > embeddings.dims || components > embeddings.rows)
-    refuse("components", "1 to the smaller of rows (" + std::to_string(embeddings.rows) + ") and columns (" +
-           std::to_string(embeddings.dims) + ")", components);
+    refuse("components",
+           "1 to the smaller of rows (" + std::to_string(embeddings.rows) + ") and columns (" +
+               std::to_string(embeddings.dims) + ")",
+           components);
 }
 
 void check_label_maps(const LabelMaps& predicted, const LabelMaps& truth, double threshold) {

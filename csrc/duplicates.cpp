@@ -46,8 +46,7 @@ DistinctRows collapse_duplicates(const Embeddings& embeddings, Index min_samples
     const std::uint64_t hash = hash_row(x.data(), embeddings.dims);
     tags[row] = static_cast<std::uint32_t>(hash >> 32);
     std::size_t slot = hash & (slots - 1);
-    while (table[slot] >= 0 &&
-           (tags[table[slot]] != tags[row] || !equal_rows(embeddings, table[slot], row, x, y)))
+    while (table[slot] >= 0 && (tags[table[slot]] != tags[row] || !equal_rows(embeddings, table[slot], row, x, y)))
       slot = (slot + 1) & (slots - 1);
     if (table[slot] < 0) table[slot] = row;
     first[row] = table[slot];

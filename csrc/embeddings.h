@@ -14,11 +14,11 @@ using Index = std::int32_t;  // points; the door refuses more than 2^30, so that
 enum class Metric { euclidean, cosine };
 
 struct Embeddings {
-  const void* data;      // [rows, dims], C-contiguous
-  bool single;           // float32 rather than float64
+  const void* data;  // [rows, dims], C-contiguous
+  bool single;       // float32 rather than float64
   std::int64_t rows;
   int dims;
-  Metric metric;         // cosine reads rows scaled to unit norm
+  Metric metric;  // cosine reads rows scaled to unit norm
 
   void read(std::int64_t row, double* out) const {
     if (single) {

@@ -13,7 +13,7 @@ enum class Search { automatic, prim, boruvka };
 
 struct Parameters {
   std::int64_t min_cluster_size = 5;
-  std::int64_t min_samples = 5;   // the point itself is not counted; at most rows - 1 are used
+  std::int64_t min_samples = 5;  // the point itself is not counted; at most rows - 1 are used
   double alpha = 1.0;
   Selection selection;
   Search search = Search::automatic;

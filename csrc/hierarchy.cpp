@@ -11,7 +11,9 @@ namespace {
 class Condenser {
  public:
   Condenser(const SingleLinkage& linkage, Index min_cluster_size)
-      : linkage_(linkage), points_(linkage.points), min_cluster_size_(min_cluster_size),
+      : linkage_(linkage),
+        points_(linkage.points),
+        min_cluster_size_(min_cluster_size),
         cluster_of_(2 * static_cast<std::size_t>(linkage.points) - 1, -1) {
     tree_.points = points_;
     tree_.clusters.emplace_back();

@@ -18,19 +18,23 @@ struct Workspace {
   explicit Workspace(const Tiles& tiles) : box_bounds(tiles.padded_count), hits(kBlock * kTile) {}
 
   std::vector<float> box_bounds;
-  std::vector<std::pair<float, int>> order;         // (bound, tile), nearest first
+  std::vector<std::pair<float, int>> order;  // (bound, tile), nearest first
   std::vector<Hit> hits;
   std::vector<std::vector<Candidate>> heaps{kBlock};
   alignas(64) float list_distance[kTile * kShortList] = {};
   alignas(64) std::int32_t list_index[kTile * kShortList] = {};
-  alignas(64) float box_limits[kTile] = {};              // per lane: how far (squared) a box may be; -1 for lanes not searching
+  alignas(64) float box_limits[kTile] = {};  // per lane: how far (squared) a box may be; -1 for lanes not searching
 };
 
 class Search {
  public:
   Search(const Tiles& tiles, const std::vector<char>& crowded, Index min_samples, const Kernels& kernels,
          Neighbours& out)
-      : tiles_(tiles), crowded_(crowded), min_samples_(min_samples), kernels_(kernels), forms_(tiles.forms(kernels)),
+      : tiles_(tiles),
+        crowded_(crowded),
+        min_samples_(min_samples),
+        kernels_(kernels),
+        forms_(tiles.forms(kernels)),
         out_(out) {}
 
   void run(int tile, Workspace& work) const {
@@ -45,8 +49,7 @@ class Search {
     } else {
       for (; unsettled < points; ++unsettled) lanes[unsettled] = unsettled;
     }
-    for (int i = 0; i < unsettled; i += kBlock)
-      search_exactly(tile, lanes + i, std::min(kBlock, unsettled - i), work);
+    for (int i = 0; i < unsettled; i += kBlock) search_exactly(tile, lanes + i, std::min(kBlock, unsettled - i), work);
   }
 
  private:
@@ -75,7 +78,8 @@ class Search {
       const int other = work.order[i].second;
       if (other == tile) continue;
       const int near = near_lanes(tile, other, work, lanes);
-      for (int q = 0; q < near; q += kBlock) extend_short_lists(tile, other, lanes + q, std::min(kBlock, near - q), work);
+      for (int q = 0; q < near; q += kBlock)
+        extend_short_lists(tile, other, lanes + q, std::min(kBlock, near - q), work);
     }
   }
 
@@ -90,8 +94,8 @@ class Search {
   void extend_short_lists(int tile, int other, const int* lanes, int queries, Workspace& work) const {
     float limits[kBlock];
     for (int q = 0; q < queries; ++q) limits[q] = work.list_distance[lanes[q] * kShortList + kShortList - 1];
-    const int found = forms_.closer(tiles_.tile(tile), lanes, limits, queries, tiles_.tile(other), tiles_.dims,
-                                    work.hits.data());
+    const int found =
+        forms_.closer(tiles_.tile(tile), lanes, limits, queries, tiles_.tile(other), tiles_.dims, work.hits.data());
     if (found == 0) return;
     kernels_.keep(work.hits.data(), found, lanes, tiles_.begin(other), work.list_distance, work.list_index);
     for (int q = 0; q < queries; ++q) work.box_limits[lanes[q]] = list_box_limit(lanes[q], work);
@@ -135,10 +139,9 @@ class Search {
       for (; at > 0 && candidate < list[at - 1]; --at) list[at] = list[at - 1];
       list[at] = candidate;
     }
-    const double beyond =
-        listed == kShortList
-            ? distance_at_radius(tiles_.metric, tiles_.bounds.certain(squared[kShortList - 1]))
-            : kInfinity;
+    const double beyond = listed == kShortList
+                              ? distance_at_radius(tiles_.metric, tiles_.bounds.certain(squared[kShortList - 1]))
+                              : kInfinity;
     return settle(p, list, listed, beyond);
   }
 
@@ -198,8 +201,8 @@ class Search {
       limits[q] = work.heaps[q].size() < wanted
                       ? kFar
                       : tiles_.bounds.limit(radius_of(tiles_.metric, work.heaps[q].front().first));
-    const int found = forms_.closer(tiles_.tile(tile), lanes, limits, queries, tiles_.tile(other), tiles_.dims,
-                                    work.hits.data());
+    const int found =
+        forms_.closer(tiles_.tile(tile), lanes, limits, queries, tiles_.tile(other), tiles_.dims, work.hits.data());
     for (int h = 0; h < found; ++h) {
       const Index p = tiles_.begin(tile) + lanes[work.hits[h].query];
       const Index neighbour = tiles_.begin(other) + work.hits[h].lane;
@@ -237,9 +240,8 @@ Neighbours find_neighbours(const Tiles& tiles, const std::vector<char>& crowded,
   out.core.resize(tiles.points);
   std::vector<Workspace> workspaces(pool.threads(), Workspace(tiles));
   const Search search(tiles, crowded, min_samples, kernels, out);
-  pool.for_each(tiles.count, [&](std::int64_t tile, int worker) {
-    search.run(static_cast<int>(tile), workspaces[worker]);
-  });
+  pool.for_each(tiles.count,
+                [&](std::int64_t tile, int worker) { search.run(static_cast<int>(tile), workspaces[worker]); });
   return out;
 }
 

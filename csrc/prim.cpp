@@ -51,8 +51,8 @@ SpanningTree spanning_tree_by_prim(const Embeddings& embeddings, const DistinctR
   SpanningTree tree;
   tree.core.assign(embeddings.rows, 0.0);
   for (Index p = 0; p < n; ++p) tree.core[distinct.rows[p]] = core[p];
-  std::vector<Index> outside(n - 1);                                // points not in the tree yet
-  std::vector<Edge> nearest(n, Edge{n, n, kInfinity});              // each one's least edge into the tree, by points
+  std::vector<Index> outside(n - 1);                    // points not in the tree yet
+  std::vector<Edge> nearest(n, Edge{n, n, kInfinity});  // each one's least edge into the tree, by points
   for (Index p = 1; p < n; ++p) outside[p - 1] = p;
   Index newest = 0;
   while (!outside.empty()) {

@@ -1,5 +1,5 @@
-// Prim's algorithm on all pairs, in float64: the fastest way for a few hundred points, and the definition that the tiled
-// search is tested against.
+// Prim's algorithm on all pairs, in float64: the fastest way for a few hundred points, and the definition that the
+// tiled search is tested against.
 #pragma once
 
 #include "duplicates.h"

@@ -105,9 +105,8 @@ std::vector<double> principal_components(const Embeddings& embeddings, int compo
   std::vector<double> axes = eigenvectors_by_value(std::move(covariance), dims, 1e-30);
   for (int c = 0; c < components; ++c) {
     double* axis = &axes[static_cast<std::size_t>(c) * dims];
-    const double largest = *std::max_element(axis, axis + dims, [](double a, double b) {
-      return std::fabs(a) < std::fabs(b);
-    });
+    const double largest =
+        *std::max_element(axis, axis + dims, [](double a, double b) { return std::fabs(a) < std::fabs(b); });
     if (largest < 0.0) std::transform(axis, axis + dims, axis, std::negate<double>());
   }
   std::vector<double> scores(static_cast<std::size_t>(rows) * components);

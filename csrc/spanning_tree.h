@@ -9,8 +9,8 @@
 namespace spatialprobe {
 
 struct Edge {
-  Index a, b;      // input rows, a < b
-  double weight;   // max(core of a, core of b, distance / alpha)
+  Index a, b;     // input rows, a < b
+  double weight;  // max(core of a, core of b, distance / alpha)
 };
 
 // Mutual reachability ties by construction, so the order of equal edges is part of the definition: with it the spanning
@@ -20,9 +20,7 @@ inline bool operator<(const Edge& x, const Edge& y) {
   return x.a != y.a ? x.a < y.a : x.b < y.b;
 }
 
-inline Edge make_edge(Index p, Index q, double weight) {
-  return p < q ? Edge{p, q, weight} : Edge{q, p, weight};
-}
+inline Edge make_edge(Index p, Index q, double weight) { return p < q ? Edge{p, q, weight} : Edge{q, p, weight}; }
 
 // Whether points - 1 edges between points 0..points-1 have no cycle.
 inline bool spans(const std::vector<Edge>& edges, Index points) {
@@ -33,8 +31,8 @@ inline bool spans(const std::vector<Edge>& edges, Index points) {
 }
 
 struct SpanningTree {
-  std::vector<Edge> edges;    // sorted
-  std::vector<double> core;   // [rows] core distances
+  std::vector<Edge> edges;   // sorted
+  std::vector<double> core;  // [rows] core distances
 };
 
 }  // namespace spatialprobe

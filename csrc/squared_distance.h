@@ -2,9 +2,9 @@
 
 namespace spatialprobe {
 
-// The one definition of a squared distance: four interleaved float64 sums, so that every compiler and every vector width
-// gives the same bits (the build forbids contraction into fused multiply-adds). Points may be stored as float32, which
-// float64 holds exactly. Static: each instruction set keeps its own copy.
+// The one definition of a squared distance: four interleaved float64 sums, so that every compiler and every vector
+// width gives the same bits (the build forbids contraction into fused multiply-adds). Points may be stored as float32,
+// which float64 holds exactly. Static: each instruction set keeps its own copy.
 template <typename Scalar>
 static inline double squared_distance(const Scalar* a, const Scalar* b, int dims) {
   double sum[4] = {0.0, 0.0, 0.0, 0.0};

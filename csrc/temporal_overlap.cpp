@@ -49,8 +49,13 @@ template <typename Predicted, typename Truth>
 class RunReader {
  public:
   RunReader(const LabelMaps& predicted, const LabelMaps& truth, std::int64_t ignore)
-      : predicted_(predicted), truth_(truth), ignore_(ignore), starts_(predicted.width), column_(truth.width),
-        clusters_(truth.views), instances_(truth.views) {
+      : predicted_(predicted),
+        truth_(truth),
+        ignore_(ignore),
+        starts_(predicted.width),
+        column_(truth.width),
+        clusters_(truth.views),
+        instances_(truth.views) {
     for (std::int64_t x = truth.width - 1; x >= 0; --x) {
       column_[x] = x * predicted.width / truth.width;
       starts_[column_[x]] = x;
@@ -102,8 +107,8 @@ class RunReader {
     for (std::int64_t view = 0; view < truth_.views; ++view) {
       const std::int64_t predicted = static_cast<std::int64_t>(predicted_row(view, y)[column_[x]]);
       const std::int64_t truth = static_cast<std::int64_t>(truth_row(view, y)[x]);
-      runs_.cluster.push_back(remembered(clusters_[view], predicted, cluster_numbers_,
-                                         [](std::int64_t label) { return label >= 0; }));
+      runs_.cluster.push_back(
+          remembered(clusters_[view], predicted, cluster_numbers_, [](std::int64_t label) { return label >= 0; }));
       runs_.instance.push_back(remembered(instances_[view], truth, instance_numbers_,
                                           [this](std::int64_t label) { return label != ignore_; }));
     }
@@ -123,8 +128,8 @@ class RunReader {
   const LabelMaps& predicted_;
   const LabelMaps& truth_;
   const std::int64_t ignore_;
-  std::vector<std::int64_t> starts_;  // [predicted width] first pixel that shows the column
-  std::vector<std::int64_t> column_;  // [truth width]
+  std::vector<std::int64_t> starts_;          // [predicted width] first pixel that shows the column
+  std::vector<std::int64_t> column_;          // [truth width]
   std::vector<Memory> clusters_, instances_;  // [views]
   Numbering cluster_numbers_, instance_numbers_;
   Runs runs_;
@@ -215,10 +220,14 @@ TemporalOverlap score(const Runs& runs, const std::vector<std::int32_t>& match, 
 template <typename Predicted>
 Runs read_runs(const LabelMaps& predicted, const LabelMaps& truth, std::int64_t ignore) {
   switch (truth.type) {
-    case LabelType::uint8: return RunReader<Predicted, std::uint8_t>(predicted, truth, ignore).read();
-    case LabelType::uint16: return RunReader<Predicted, std::uint16_t>(predicted, truth, ignore).read();
-    case LabelType::int32: return RunReader<Predicted, std::int32_t>(predicted, truth, ignore).read();
-    default: return RunReader<Predicted, std::int64_t>(predicted, truth, ignore).read();
+    case LabelType::uint8:
+      return RunReader<Predicted, std::uint8_t>(predicted, truth, ignore).read();
+    case LabelType::uint16:
+      return RunReader<Predicted, std::uint16_t>(predicted, truth, ignore).read();
+    case LabelType::int32:
+      return RunReader<Predicted, std::int32_t>(predicted, truth, ignore).read();
+    default:
+      return RunReader<Predicted, std::int64_t>(predicted, truth, ignore).read();
   }
 }
 

@@ -38,12 +38,10 @@ void ThreadPool::for_each(std::int64_t count, const std::function<void(std::int6
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
-void ThreadPool::for_chunks(std::int64_t count,
-                            const std::function<void(std::int64_t, std::int64_t, int)>& task) {
+void ThreadPool::for_chunks(std::int64_t count, const std::function<void(std::int64_t, std::int64_t, int)>& task) {
   const std::int64_t chunks = std::min<std::int64_t>(count, threads() == 1 ? 1 : 8 * threads());
-  for_each(chunks, [&](std::int64_t chunk, int worker) {
-    task(count * chunk / chunks, count * (chunk + 1) / chunks, worker);
-  });
+  for_each(chunks,
+           [&](std::int64_t chunk, int worker) { task(count * chunk / chunks, count * (chunk + 1) / chunks, worker); });
 }
 
 void ThreadPool::work(int worker) {

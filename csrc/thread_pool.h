@@ -1,4 +1,5 @@
-// Threads that wait on a condition variable, never in a loop: on shared cores a spinning barrier costs more than the work.
+// Threads that wait on a condition variable, never in a loop: on shared cores a spinning barrier costs more than the
+// work.
 #pragma once
 
 #include <atomic>

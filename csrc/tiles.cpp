@@ -9,11 +9,11 @@
 namespace spatialprobe {
 namespace {
 
-constexpr double kUnit = 5.97e-8;      // 2^-24, rounded up: the relative error of one float32 operation
-constexpr int kDotFormDims = 16;       // from here half the operations outweigh the cancellation
-constexpr Index kSample = 1024;        // rows that the axes are estimated from; any orthonormal axes are correct
-constexpr int kAxisCandidates = 64;    // coordinates of largest variance among which axes are sought, if there are more
-constexpr float kPadding = 3e18f;      // its square is beyond kFar and finite
+constexpr double kUnit = 5.97e-8;    // 2^-24, rounded up: the relative error of one float32 operation
+constexpr int kDotFormDims = 16;     // from here half the operations outweigh the cancellation
+constexpr Index kSample = 1024;      // rows that the axes are estimated from; any orthonormal axes are correct
+constexpr int kAxisCandidates = 64;  // coordinates of largest variance among which axes are sought, if there are more
+constexpr float kPadding = 3e18f;    // its square is beyond kFar and finite
 
 // Centre and radius of the rows that take part.
 struct Extent {
@@ -252,8 +252,7 @@ Tiles build_tiles(const Embeddings& embeddings, const std::vector<Index>& rows, 
   tiles.padded_count = (tiles.count + 15) / 16 * 16;
   tiles.tile_floats = (tiles.dims + (tiles.dot_form ? 1 : 0)) * kTile;
 
-  const std::vector<float> projected =
-      project(embeddings, rows, extent, tiles.box_dims, tiles.bounds.scale, pool);
+  const std::vector<float> projected = project(embeddings, rows, extent, tiles.box_dims, tiles.bounds.scale, pool);
   std::vector<Index> order(rows.size());  // positions in `rows`
   std::iota(order.begin(), order.end(), 0);
   order_by_halving(order, projected, tiles.box_dims, pool);
@@ -271,7 +270,7 @@ Tiles build_tiles(const Embeddings& embeddings, const std::vector<Index>& rows, 
   if (tiles.box_dims != tiles.dims) tiles.projected.assign(box_floats * kTile, 0.0f);
   tiles.low.resize(box_floats);
   tiles.high.resize(box_floats);
-  tiles.low_by_dim.assign(padded_floats, 1e18f);   // boxes that pad are far from everything
+  tiles.low_by_dim.assign(padded_floats, 1e18f);  // boxes that pad are far from everything
   tiles.high_by_dim.assign(padded_floats, 1e18f);
   pool.for_each(tiles.count, [&](std::int64_t t, int) {
     fill_columns(tiles, static_cast<int>(t), embeddings, extent);

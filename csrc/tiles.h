@@ -12,14 +12,14 @@
 
 namespace spatialprobe {
 
-// What float32 can say about a true distance. Stored points are centred and scaled to norm <= 1 (sqrt(2) in the dot form,
-// whose squared distances come out in the same unit), so each bound below is one number.
+// What float32 can say about a true distance. Stored points are centred and scaled to norm <= 1 (sqrt(2) in the dot
+// form, whose squared distances come out in the same unit), so each bound below is one number.
 struct FloatBounds {
-  double scale = 1.0;      // stored = input * scale
-  double rounding = 0.0;   // of a distance: both points were rounded to float32
-  double relative = 0.0;   // of a squared distance: sums of the difference form
-  double absolute = 0.0;   // of a squared distance: cancellation in the dot form
-  double projection = 0.0; // of a distance between projections, which the boxes hold
+  double scale = 1.0;       // stored = input * scale
+  double rounding = 0.0;    // of a distance: both points were rounded to float32
+  double relative = 0.0;    // of a squared distance: sums of the difference form
+  double absolute = 0.0;    // of a squared distance: cancellation in the dot form
+  double projection = 0.0;  // of a distance between projections, which the boxes hold
 
   // Every pair at a true distance <= radius (input units) has a stored squared distance below this.
   float limit(double radius) const {
@@ -57,16 +57,16 @@ struct Tiles {
   Metric metric = Metric::euclidean;
   bool dot_form = false;
   FloatBounds bounds;
-  int count = 0;            // tiles
-  int padded_count = 0;     // a multiple of 16, for the kernels
-  int tile_floats = 0;      // of one tile in `columns`
+  int count = 0;         // tiles
+  int padded_count = 0;  // a multiple of 16, for the kernels
+  int tile_floats = 0;   // of one tile in `columns`
 
-  std::vector<Index> row;         // [points] which input row
-  std::vector<float> exact_single;    // [points, dims] the true coordinates, which alone decide, if they are float32;
-  std::vector<double> exact_double;   // otherwise here
-  std::vector<float> columns;     // [count, dims (+ half norms), 64]
-  std::vector<float> projected;   // [count, box_dims, 64]; empty where the columns serve
-  std::vector<float> low, high;            // boxes by tile, [count, box_dims]
+  std::vector<Index> row;            // [points] which input row
+  std::vector<float> exact_single;   // [points, dims] the true coordinates, which alone decide, if they are float32;
+  std::vector<double> exact_double;  // otherwise here
+  std::vector<float> columns;        // [count, dims (+ half norms), 64]
+  std::vector<float> projected;      // [count, box_dims, 64]; empty where the columns serve
+  std::vector<float> low, high;      // boxes by tile, [count, box_dims]
   std::vector<float> low_by_dim, high_by_dim;  // the same, [box_dims, padded_count]
 
   Index begin(int tile) const { return tile * kTile; }

@@ -178,10 +178,9 @@ def principal_components(
     *,
     n_jobs: int | None = None,
 ) -> np.ndarray:
-    """Scores [N, components] on the first principal components, in the input's dtype, signed as scikit-learn signs them.
+    """Scores [N, components] on the first principal components, in the input's dtype and with scikit-learn's signs.
 
-    Computed in float64. The study reduces to 8 dimensions before it clusters. O(N D^2 + D^3): meant for D up to a few
-    hundred.
+    Computed in float64, O(N D^2 + D^3): for D up to a few hundred.
     """
     array = _embeddings(embeddings)
     scores = _grouping.principal_components(array, _count("components", components, least=1), _threads(n_jobs))
@@ -208,8 +207,8 @@ def temporal_overlap(
 
     Each true instance (an id other than `ignore`) is matched with the cluster of best IoU between the masks OR-ed over
     views. T-mIoU is the mean over instances of the mean IoU over the views that show the instance; T-SR is the share of
-    instances with an IoU of at least `threshold` in all of those. Predictions on a coarser grid are upsampled by nearest
-    neighbour as they are read: pixel (y, x) shows cell (floor(y h / H), floor(x w / W)).
+    instances with an IoU of at least `threshold` in all of those. Predictions on a coarser grid are upsampled by
+    nearest neighbour as they are read: pixel (y, x) shows cell (floor(y h / H), floor(x w / W)).
     """
     miou, success_rate, instances = _grouping.temporal_overlap(
         _label_maps("predicted", predicted, (np.int32, np.int64)),

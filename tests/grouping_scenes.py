@@ -1,8 +1,8 @@
 """Synthetic scenes as an instance head would embed them: a few dozen objects seen from several views.
 
 A camera on an arc looks into a room of two walls, a floor and ellipsoids. A cell's embedding is the mean over its
-sub-pixels of its instance's prototype, a drift per (instance, view) and a smooth field over the surface, plus noise; a few
-cells mix several instances. Unit norm, float32.
+sub-pixels of its instance's prototype, a drift per (instance, view) and a smooth field over the surface, plus noise; a
+few cells mix several instances. Unit norm, float32.
 """
 
 from dataclasses import dataclass

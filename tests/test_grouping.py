@@ -173,7 +173,7 @@ def test_threads_instruction_sets_and_runs_agree(name):
 
 
 def test_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="instruction_set: wanted one of auto, .* got mmx"):
+    with pytest.raises(ValueError, match=r"instruction_set: wanted one of auto, .* got mmx"):
         tree(blobs(20, 2), instruction_set="mmx")
 
 

@@ -27,7 +27,7 @@ def test_parameters_round_trip():
     assert clone(estimator).get_params() == estimator.get_params()
     assert estimator.set_params(alpha=2.0) is estimator
     assert repr(estimator) == "HDBSCAN(min_cluster_size=7, alpha=2.0, metric='cosine', n_jobs=2)"
-    with pytest.raises(ValueError, match="wanted parameters among min_cluster_size, .* got eps"):
+    with pytest.raises(ValueError, match=r"wanted parameters among min_cluster_size, .* got eps"):
         estimator.set_params(eps=1)
 
 
@@ -166,11 +166,13 @@ def test_zero_rows_have_no_direction():
         group(x, metric="cosine")
 
 
+ARRAYS = [POINTS, POINTS[:0], POINTS.T, POINTS[::2], POINTS.astype(np.float64), POINTS.astype(">f8"), [POINTS]]
+MAPS = [np.zeros((2, 3, 4), np.int64), np.zeros((2, 3, 4), np.uint16)[:, :, ::2], np.zeros((3, 0, 2), int)]
+PARAMETERS = _grouping.Parameters(min_cluster_size=5, min_samples=5)
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5), st.binary(max_size=5),
-    st.sampled_from([POINTS, POINTS[:0], POINTS.T, POINTS[::2], POINTS.astype(np.float64), POINTS.astype(">f8"), [POINTS]]),
-    st.sampled_from([np.zeros((2, 3, 4), np.int64), np.zeros((2, 3, 4), np.uint16)[:, :, ::2], np.zeros((3, 0, 2), int)]),
-    st.sampled_from(["euclidean", "cosine", "eom", "leaf", "auto", "prim", _grouping.Parameters(min_cluster_size=5, min_samples=5)]),
+    st.sampled_from(ARRAYS), st.sampled_from(MAPS),
+    st.sampled_from(["euclidean", "cosine", "eom", "leaf", "auto", "prim", PARAMETERS]),
 )  # fmt: skip
 
 

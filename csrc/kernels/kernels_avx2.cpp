@@ -1,6 +1,5 @@
-#include "lanes_avx2.h"
-
 #include "insert_avx2.h"
+#include "lanes_avx2.h"
 #include "tile_kernels.h"
 
 namespace spatialprobe {

@@ -1,6 +1,5 @@
-#include "lanes_neon.h"
-
 #include "insert_scalar.h"
+#include "lanes_neon.h"
 #include "tile_kernels.h"
 
 namespace spatialprobe {

@@ -1,6 +1,5 @@
-#include "lanes_sse2.h"
-
 #include "insert_scalar.h"
+#include "lanes_sse2.h"
 #include "tile_kernels.h"
 
 namespace spatialprobe {

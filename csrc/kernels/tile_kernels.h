@@ -1,6 +1,6 @@
 // The kernels, written once over `Lanes` (lanes_*.h) and compiled once per instruction set. Everything has internal
-// linkage and nothing from the standard library's templates is used: code compiled for AVX-512 must not be the copy of an
-// inline function that the linker keeps for every machine.
+// linkage and nothing from the standard library's templates is used: code compiled for AVX-512 must not be the copy of
+// an inline function that the linker keeps for every machine.
 #pragma once
 
 #include <cstdint>
@@ -156,8 +156,9 @@ SPATIALPROBE_INLINE int crossing_block(const float* query_tile, const int* lanes
 }
 
 template <Form form>
-int crossing(const float* query_tile, const int* lanes, const float* limits, const std::int32_t* components, int queries,
-             const float* tile, const float* cores, const std::int32_t* tile_components, int dims, Hit* hits) {
+int crossing(const float* query_tile, const int* lanes, const float* limits, const std::int32_t* components,
+             int queries, const float* tile, const float* cores, const std::int32_t* tile_components, int dims,
+             Hit* hits) {
   int found = 0, i = 0;
   for (; i + Lanes::queries <= queries; i += Lanes::queries)
     found += crossing_block<form, Lanes::queries, 2>(query_tile, lanes, limits, components, i, tile, cores,
@@ -168,13 +169,13 @@ int crossing(const float* query_tile, const int* lanes, const float* limits, con
     i += 4;
   }
   if (i + 2 <= queries) {
-    found += crossing_block<form, 2, kWide>(query_tile, lanes, limits, components, i, tile, cores, tile_components, dims,
-                                            hits + found);
+    found += crossing_block<form, 2, kWide>(query_tile, lanes, limits, components, i, tile, cores, tile_components,
+                                            dims, hits + found);
     i += 2;
   }
   if (i < queries)
-    found += crossing_block<form, 1, kWide>(query_tile, lanes, limits, components, i, tile, cores, tile_components, dims,
-                                            hits + found);
+    found += crossing_block<form, 1, kWide>(query_tile, lanes, limits, components, i, tile, cores, tile_components,
+                                            dims, hits + found);
   return found;
 }
 
@@ -201,7 +202,8 @@ void first_limits(const int* lanes, int queries, const float* tile, int dims, fl
 }
 
 template <typename Scalar>
-void exact_squared(const Scalar* points, int dims, std::int32_t point, const std::int32_t* others, int count, double* out) {
+void exact_squared(const Scalar* points, int dims, std::int32_t point, const std::int32_t* others, int count,
+                   double* out) {
   const std::int64_t stride = dims;
   for (int i = 0; i < count; ++i) {  // the others lie anywhere: fetch them all before the first is needed
     const char* other = reinterpret_cast<const char*>(points + others[i] * stride);
@@ -239,8 +241,8 @@ std::uint64_t lanes_near_box(const float* points, int dims, const float* low, co
   return near;
 }
 
-void box_distances(const float* low, const float* high, int dims, int boxes, const float* own_low, const float* own_high,
-                   float* out) {
+void box_distances(const float* low, const float* high, int dims, int boxes, const float* own_low,
+                   const float* own_high, float* out) {
   for (int c = 0; c < boxes; c += Lanes::width) {
     Vector sum = Lanes::zero();
     for (int d = 0; d < dims; ++d) {

@@ -1,5 +1,5 @@
-// Exercises every path of the grouping without Python, so that sanitizers see it all: prints what it checked, exits with
-// 1 at the first difference. Results are compared with Prim's algorithm on all pairs.
+// Exercises every path of the grouping without Python, so that sanitizers see it all: prints what it checked, exits
+// with 1 at the first difference. Results are compared with Prim's algorithm on all pairs.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
