@@ -10,7 +10,7 @@
 namespace spatialprobe {
 namespace {
 
-constexpr Index kPrimPoints = 256;  // measured: below this all pairs are as fast as building tiles
+constexpr Index kPrimPoints = kTile;  // one tile; measured: at 256 points the tiled search is 3 to 5 times faster
 
 Labelling all_noise(std::int64_t points) {
   return {std::vector<std::int64_t>(points, -1), std::vector<double>(points, 0.0)};
@@ -66,7 +66,7 @@ std::vector<Labelling> cluster_batch(const std::vector<Embeddings>& scenes, cons
   std::stable_sort(order.begin(), order.end(),
                    [&](std::size_t a, std::size_t b) { return scenes[a].rows > scenes[b].rows; });
   std::vector<Labelling> results(scenes.size());
-  ThreadPool pool(threads);
+  ThreadPool pool(static_cast<int>(std::min<std::size_t>(threads, scenes.size())));
   pool.for_each(static_cast<std::int64_t>(scenes.size()), [&](std::int64_t i, int) {
     ThreadPool alone(1);
     results[order[i]] = cluster(scenes[order[i]], parameters, alone);

@@ -1,12 +1,17 @@
 #include "thread_pool.h"
 
 #include <algorithm>
+#include <system_error>
 #include <utility>
 
 namespace spatialprobe {
 
 ThreadPool::ThreadPool(int threads) {
-  for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { work(worker); });
+  try {
+    for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { work(worker); });
+  } catch (const std::system_error&) {
+    // The system has no more threads to give: those it gave do the work, with the same result.
+  }
 }
 
 ThreadPool::~ThreadPool() {
