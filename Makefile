@@ -1,11 +1,13 @@
 # make demo   render scenes, build tiny models, extract their features, write demo/index.html
 # make test   all tests that need no GPU
-# Both make .venv first, once: pinned dependencies (constraints.txt) and this package with its C++ extension.
+# make bench  the throughput of extract, and the grouping against its peers; RECORD=--record writes benchmarks/results
+# make lint   ruff; make sanitize: the C++ under address, undefined-behaviour and thread sanitizers; make clean
+# All make .venv first, once: pinned dependencies (constraints.txt) and this package with its C++ extension.
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint sanitize clean
 
 demo: .venv/installed
 	.venv/bin/engine demo
@@ -14,7 +16,16 @@ test: .venv/installed
 	.venv/bin/python -m pytest
 
 bench: .venv/installed
-	.venv/bin/python -m pytest benchmarks
+	$(PIP) --editable .[bench] --no-build-isolation
+	.venv/bin/python -m pytest benchmarks $(RECORD)
+	.venv/bin/python benchmarks/bench_grouping.py --big $(RECORD)
+
+sanitize: .venv/installed
+	for s in address,undefined thread; do \
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" cmake -G Ninja -S csrc -B build/check-$$s -DSPATIALPROBE_CHECKS=ON \
+	    -DSPATIALPROBE_SANITIZE=$$s -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	  .venv/bin/cmake --build build/check-$$s && build/check-$$s/grouping_checks || exit 1; \
+	done
 
 lint: .venv/installed
 	.venv/bin/ruff check .
