@@ -80,6 +80,7 @@ class Engine:
         resolved = resolve(job)
         self.job, self.refs = job, job_clips(job)
         self.spec, self.adapter, self.batch = resolved.spec, resolved.adapter, resolved.batch
+        self.workers = {"loaders": resolved.loaders, "writers": self.job.writers}
         dtype = COMPUTE_DTYPES[self.spec.compute_dtype]
         self.adapter.load(resolved.depth, resolved.device, dtype, Path(task["scratch"]) / "cache")
         self.work = Work(self.adapter.vae, self.adapter.blocks)
@@ -89,10 +90,9 @@ class Engine:
         from spatialprobe.engine.store import FeatureStore
 
         store = FeatureStore.create(out, replace(self.spec, pool=pool and tuple(pool)))
-        workers = {"loaders": self.job.loaders, "writers": self.job.writers}
         reports = []
         measured = self.work.measure(
-            lambda: reports.append(extract(self.refs, self.adapter, store, batch_size=self.batch, **workers))
+            lambda: reports.append(extract(self.refs, self.adapter, store, batch_size=self.batch, **self.workers))
         )
         assert reports[0].written == len(self.refs), reports[0].failures
         return measured | {"report": asdict(reports[0])}
