@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +114,16 @@ def _open_shard(path: Path):
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Turns what a library says of broken files or of code it would have to run into a ValueError of one line."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
 def content_hash(root: Path) -> str:

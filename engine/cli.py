@@ -56,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, OSError) as error:
         print(f"engine: stopped: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch to say so
+            raise
+        print(f"engine: stopped: the model does not fit: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("engine: interrupted", file=sys.stderr)
         return 130
@@ -139,7 +144,7 @@ def extract(args: argparse.Namespace) -> int:
         for clip_id, reason in report.failures.items():
             print(f"  {clip_id}  {reason}", file=sys.stderr)
         words = [word for word in args.words if word != "--retry-failed"]
-        print(f"to retry them: {shlex.join(['engine', *words, '--retry-failed'])}", file=sys.stderr)
+        print(f"to retry them: {shlex.join([sys.argv[0], *words, '--retry-failed'])}", file=sys.stderr)
     return 1 if report.failed or report.stopped else 0
 
 
@@ -195,6 +200,8 @@ def verify(args: argparse.Namespace) -> int:
     for problem in problems:
         print(problem)
     print(f"{len(store)} clips read, {len(problems)} problems")
+    if problems:
+        print("to mend them: delete these files and run the same extract again")
     return 1 if problems else 0
 
 

@@ -169,7 +169,10 @@ def resolve(job: Job) -> Resolved:
     defaults, cls = FAMILIES[family], adapter_class(family)
     device = _device(job.device)
     options, compute_dtype = _compute(job, cls, device)
-    adapter = cls(checkpoint, options)
+    try:
+        adapter = cls(checkpoint, options)
+    except KeyError as error:
+        raise ValueError(f"a config of {checkpoint.root} lacks the field {error}") from None
     adapter.check_options()
     spec = FeatureSpec(
         family=family,

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import BadFile, read_header, write_file
+from spatialprobe.engine.clipfile import BadFile, is_whole, read_header, write_file
 from spatialprobe.engine.durable import RunFolder, make_folder, publish, room_for
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, check_clip_id, parse_query, tensor_name
@@ -152,6 +152,8 @@ def _export(
         if _origin(path) != origin:
             raise ValueError(f"{path} is there already and was not made from this clip; choose another folder")
         return False
+    if not is_whole(store.path(clip_id)):
+        raise ValueError("its file is damaged: run `engine verify`")
     data = store.read(clip_id, *key).data
     feat = data.to(torch.float16)
     if not feat.isfinite().all():

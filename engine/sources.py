@@ -138,7 +138,7 @@ def _scannet_scenes(root: Path, split: str) -> list[str]:
     if not listing.exists():
         return [f"{split}/{folder.name}" for folder in _folders(root / split)] if (root / split).is_dir() else []
     try:
-        pairs = json.loads(listing.read_text(encoding="utf-8"))
+        pairs = json.loads(listing.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{listing}: not JSON: {error}") from error
     if not isinstance(pairs, list):
@@ -194,7 +194,7 @@ def _list_file(path: Path) -> list[ClipRef]:
     if not path.is_file():
         raise ValueError(f"{path}: layout list wants a file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
     parse = _json_line if path.suffix.lower() in LIST_SUFFIXES[:2] else _text_line

@@ -166,3 +166,57 @@ def test_from_the_hub_only_files_of_wanted_blocks_are_fetched(wan_path, tmp_path
     assert shards == {f"transformer/{f}" for f in wanted}
     assert len(shards) < len(set(index.values()))
     assert wan.checkpoint.identity == f"hub:owner/wan@{commit}"
+
+
+def test_pickled_weights_and_code_of_a_checkpoint_are_never_used(wan_path, qwen_path, tmp_path):
+    from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
+    from spatialprobe.engine.adapters.wan import Wan
+
+    cpu = torch.device("cpu")
+    shutil.copytree(wan_path, tmp_path / "wan")
+    weights = tmp_path / "wan/text_encoder/model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    wan = Wan(Checkpoint.open(str(tmp_path / "wan")), {**Wan.OPTIONS, "size": (64, 96)})
+    with pytest.raises(ValueError, match="text_encoder cannot be loaded") as raised:
+        wan.load(1, cpu, torch.float32, tmp_path / "cache")
+    assert "\n" not in str(raised.value)
+
+    shutil.copytree(qwen_path, tmp_path / "qwen")
+    config = tmp_path / "qwen/tokenizer_config.json"
+    changed = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    (tmp_path / "qwen/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: ...\n")
+    qwen = Qwen3VL(Checkpoint.open(str(tmp_path / "qwen")), {**Qwen3VL.OPTIONS, "size": (64, 96)})
+    try:
+        qwen.load(1, cpu, torch.float32, tmp_path / "cache")
+    except ValueError as error:
+        assert "cannot be loaded" in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_text_encoders_tokenizers_and_configs_are_one_line(wan_path, qwen_path, tmp_path):
+    from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
+    from spatialprobe.engine.adapters.wan import Wan
+    from spatialprobe.engine.job import Job, resolve
+
+    cpu = torch.device("cpu")
+    shutil.copytree(wan_path, tmp_path / "wan")
+    weights = tmp_path / "wan/text_encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    wan = Wan(Checkpoint.open(str(tmp_path / "wan")), {**Wan.OPTIONS, "size": (64, 96)})
+    with pytest.raises(ValueError, match="text_encoder cannot be loaded: "):
+        wan.load(1, cpu, torch.float32, tmp_path / "cache")
+
+    shutil.copytree(qwen_path, tmp_path / "qwen")
+    tokenizer = tmp_path / "qwen/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|image_pad|>", "<|picture|>"))
+    qwen = Qwen3VL(Checkpoint.open(str(tmp_path / "qwen")), {**Qwen3VL.OPTIONS, "size": (64, 96)})
+    with pytest.raises(ValueError, match="does not know"):
+        qwen.load(1, cpu, torch.float32, tmp_path / "cache")
+
+    config = json.loads((tmp_path / "qwen/config.json").read_text())
+    del config["vision_config"]["patch_size"]
+    (tmp_path / "qwen/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lacks the field 'patch_size'"):
+        resolve(Job.from_words({"clips": "c", "model": str(tmp_path / "qwen"), "out": "o", "layers": "0"}))

@@ -79,7 +79,7 @@ def test_failed_clips_are_listed_retried_and_exit_1(words, clips_path, make_clip
     assert "1 clips failed" in err
     assert "broken  decode: " in err
     assert "004.png" in err
-    assert f"to retry them: {shlex.join(['engine', *words, '--retry-failed'])}" in err
+    assert f"to retry them: {shlex.join([sys.argv[0], *words, '--retry-failed'])}" in err
     store = FeatureStore.open(words[5])
     assert store.ids() == ["whole"]
     log = [json.loads(line) for line in (store.root / "log.jsonl").read_text().splitlines()]

@@ -54,7 +54,22 @@ def test_good_ids(clip_id):
 
 
 @pytest.mark.parametrize(
-    "clip_id", ["", "/etc/x", "a/../b", "..", "a//b", "a/", ".hidden", "a/.b", "a\\b", "a\nb", "x" * 201]
+    "clip_id",
+    [
+        "",
+        "/etc/x",
+        "a/../b",
+        "..",
+        "a//b",
+        "a/",
+        ".hidden",
+        "a/.b",
+        "a\\b",
+        "a\nb",
+        "x" * 201,
+        "a.safetensors/b",
+        "a\udce9",
+    ],
 )
 def test_bad_ids(clip_id):
     with pytest.raises(ValueError, match="clip id must"):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs
-from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
+from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.types import Clip, Plan
 
@@ -43,6 +43,8 @@ class Qwen3VL(Adapter):
         height, width = self.options["size"]
         if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
             raise ValueError(f"size must be positive with an aspect ratio below 200, got {self.options['size']}")
+        if "<|" in self.options["prompt"]:
+            raise ValueError(f"prompt must hold no special tokens, got {self.options['prompt']!r}")
 
     def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
         cell = self.patch * self.merge  # pixels per token
@@ -77,8 +79,13 @@ class Qwen3VL(Adapter):
         load_weights(self.model, self.checkpoint, device=device, dtype=dtype, rename=lambda name: f"model.{name}")
         self.blocks = self.model.language_model.layers
         root = self.checkpoint.root
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(root)  # the other one needs torchvision
-        self.tokenizer = AutoTokenizer.from_pretrained(root)
+        with one_line(root):
+            self.processor = Qwen2VLImageProcessorPil.from_pretrained(root)  # the other one needs torchvision
+            self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+        if self.tokenizer.convert_tokens_to_ids("<|image_pad|>") != self.config["image_token_id"]:
+            raise ValueError(
+                f"{root}: its tokenizer does not know <|image_pad|> as token {self.config['image_token_id']}"
+            )
 
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
         frames = resize(clip.frames, self.options["size"], Image.Resampling.BICUBIC)

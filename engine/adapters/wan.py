@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs, cached
-from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
+from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.types import Clip, Plan
 
@@ -114,8 +114,11 @@ class Wan(Adapter):
         from diffusers import WanPipeline
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        encoder = UMT5EncoderModel.from_pretrained(self.checkpoint.folder("text_encoder"), dtype=self.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder("tokenizer"))
+        folders = [self.checkpoint.folder(name) for name in ("text_encoder", "tokenizer")]
+        with one_line(folders[0]):
+            encoder = UMT5EncoderModel.from_pretrained(folders[0], dtype=self.dtype, use_safetensors=True)
+        with one_line(folders[1]):
+            tokenizer = AutoTokenizer.from_pretrained(folders[1], trust_remote_code=False)
         text = WanPipeline(tokenizer, encoder.to(self.device), vae=None, scheduler=None)
         embedding, _ = text.encode_prompt(
             self.options["prompt"],
