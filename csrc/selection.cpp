@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace spatialprobe {
 namespace {
@@ -32,8 +33,11 @@ std::vector<char> excess_of_mass(const CondensedTree& tree, const Selection& sel
   if (first == 1) chosen[0] = 0;
   for (Index c = static_cast<Index>(tree.clusters.size()) - 1; c >= first; --c) {
     float below = 0.0f;
-    for (Index child : tree.clusters[c].children)
-      below = static_cast<float>(static_cast<double>(below) + stability[child]);
+    for (Index child : tree.clusters[c].children) {
+      const double sum = static_cast<double>(below) + stability[child];
+      constexpr double kMost = std::numeric_limits<float>::max();  // a larger one has no defined conversion
+      below = sum > kMost ? std::numeric_limits<float>::infinity() : static_cast<float>(sum);
+    }
     const bool too_large = selection.max_cluster_size > 0 && tree.clusters[c].size > selection.max_cluster_size;
     if (static_cast<double>(below) > stability[c] || too_large) {
       chosen[c] = 0;

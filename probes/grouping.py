@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 from spatialprobe.probes import _grouping
 
 Metric = Literal["euclidean", "cosine"]
+SMALLEST = 1e-30  # below, squares and inverses of distances leave the range of the numbers they are kept in
+MOST_COLUMNS = 512  # of principal_components, which costs D^3
 LARGEST = 2**62  # larger counts mean the same; the C++ side holds them in 64 bits
 
 
@@ -132,7 +134,7 @@ class HDBSCAN:
             cluster_selection_method=_choice(
                 "cluster_selection_method", self.cluster_selection_method, ("eom", "leaf")
             ),
-            allow_single_cluster=bool(self.allow_single_cluster),
+            allow_single_cluster=_switch("allow_single_cluster", self.allow_single_cluster),
         )
 
 
@@ -148,7 +150,11 @@ def group(
     metric: Metric = "euclidean",
     n_jobs: int | None = None,
 ) -> np.ndarray:
-    """Instance labels int64 [N] of a scene's embeddings, -1 is noise; the defaults are the published protocol's."""
+    """Instance labels int64 [N] of a scene's embeddings, -1 is noise; the defaults are the published protocol's.
+
+    Fewer rows than `min_cluster_size` are all noise, but fewer than `min_samples` are an error. Runs to its end, also
+    when interrupted.
+    """
     return HDBSCAN(min_cluster_size, min_samples, metric=metric, n_jobs=n_jobs).fit_predict(embeddings)
 
 
@@ -161,6 +167,8 @@ def group_scenes(
     n_jobs: int | None = -1,
 ) -> list[np.ndarray]:
     """`group` of every scene, each on one thread of a pool of `n_jobs`; the result does not depend on their number."""
+    if not isinstance(scenes, Sequence | np.ndarray):
+        raise ValueError(f"scenes: wanted a list of matrices [N, D], got {type(scenes).__name__}")
     estimator = HDBSCAN(min_cluster_size, min_samples)
     results = _grouping.cluster_batch(
         [_embeddings(scene) for scene in scenes],
@@ -182,8 +190,20 @@ def principal_components(
 
     Computed in float64, O(N D^2 + D^3): for D up to a few hundred.
     """
-    array = _embeddings(embeddings)
-    scores = _grouping.principal_components(array, _count("components", components, least=1), _threads(n_jobs))
+    array, count = _embeddings(embeddings), _count("components", components, least=1)
+    if array.shape[1] > MOST_COLUMNS:
+        raise ValueError(f"embeddings: wanted at most {MOST_COLUMNS} columns, got {array.shape[1]}")
+    rows, columns = array.shape
+    if array.size and count > min(rows, columns):
+        wanted = f"1 to the smaller of rows ({rows}) and columns ({columns})"
+        raise ValueError(f"components: wanted {wanted}, got {components}")
+    largest = _largest(array)
+    exponent = int(np.frexp(largest)[1])
+    if abs(exponent) < 128 or not largest <= 1e150:  # what is larger, or no number, is refused below
+        scores = _grouping.principal_components(array, min(count, 2**31 - 1), _threads(n_jobs))
+    else:  # squares of such values leave the range of float64
+        scaled = np.ldexp(array.astype(np.float64), -exponent)
+        scores = np.ldexp(_grouping.principal_components(scaled, count, _threads(n_jobs)), exponent)
     return scores.astype(array.dtype, copy=False)
 
 
@@ -223,7 +243,10 @@ def _embeddings(values: ArrayLike) -> np.ndarray:
     """A C-contiguous float32 or float64 matrix; the same memory where it is one already."""
     if hasattr(values, "toarray"):
         raise ValueError(f"embeddings: wanted a dense array, got a sparse {type(values).__name__}; use .toarray()")
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"embeddings: wanted a matrix [N, D], got rows of different lengths: {error}") from error
     if array.ndim != 2:
         raise ValueError(
             f"embeddings: wanted 2 dimensions [N, D], got {array.ndim} with shape {array.shape}. Reshape your data"
@@ -236,14 +259,23 @@ def _embeddings(values: ArrayLike) -> np.ndarray:
         array = _to_float64(array)
     if not array.flags.c_contiguous or not array.flags.aligned:
         array = np.array(array, order="C")
+    largest = _largest(array)
+    if 0 < largest < SMALLEST:
+        raise ValueError(f"embeddings: wanted a largest magnitude of at least {SMALLEST} (or 0), got {largest:.3g}")
     return array
+
+
+def _largest(array: np.ndarray) -> float:
+    """The largest magnitude; NaN if there is one, which the C++ side names by its row."""
+    return float(max(array.max(), -array.min())) if array.size else 0.0
 
 
 def _to_float64(array: np.ndarray) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):
             return array.astype(np.float64)
-    except ValueError as error:  # scikit-learn's conventions want the TypeError of an object that is no number at all
+    # An object that is no number at all stays the TypeError that scikit-learn's conventions want.
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"embeddings: wanted numbers, got an object that is none: {error}") from error
 
 
@@ -267,7 +299,7 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
 
 
 def _integer(name: str, value: object) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or abs(value) > LARGEST:
+    if not isinstance(value, Integral) or isinstance(value, bool) or abs(int(value)) > LARGEST:
         raise ValueError(f"{name}: wanted an integer of at most 62 bits, got {value!r}")
     return int(value)
 
@@ -281,15 +313,22 @@ def _count(name: str, value: object, least: int) -> int:
 def _number(name: str, value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name}: wanted a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: wanted a number that fits 64 bits, got one of {len(str(value))} digits") from None
+
+
+def _switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: wanted True or False, got {value!r}")
+    return bool(value)
 
 
 def _threads(n_jobs: object) -> int:
     if n_jobs is None:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if n_jobs == -1:
-        return cores
-    if not isinstance(n_jobs, Integral) or isinstance(n_jobs, bool) or not 1 <= n_jobs <= 4096:
+    if not isinstance(n_jobs, Integral) or isinstance(n_jobs, bool) or not (n_jobs == -1 or 1 <= n_jobs <= 4096):
         raise ValueError(f"n_jobs: wanted None, -1 or 1 to 4096, got {n_jobs!r}")
-    return int(n_jobs)
+    return cores if n_jobs == -1 else int(n_jobs)

@@ -204,3 +204,60 @@ def test_any_edges_given_to_the_tree_code_are_refused_or_labelled(data):
         assert str(error).startswith("edges: wanted")
     else:
         assert len(labels) == m + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 10**400}, "alpha: wanted a number that fits 64 bits"),
+        ({"cluster_selection_epsilon": 10**400}, "cluster_selection_epsilon: wanted a number that fits"),
+        ({"n_jobs": np.array([1, 2])}, "n_jobs: wanted None, -1 or 1 to 4096"),
+        ({"n_jobs": -1.0}, "n_jobs: wanted"),
+        ({"allow_single_cluster": "False"}, "allow_single_cluster: wanted True or False"),
+        ({"allow_single_cluster": np.array([1, 2])}, "allow_single_cluster: wanted True or False"),
+    ],
+)
+def test_odd_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HDBSCAN(**arguments).fit(np.random.default_rng(0).normal(size=(20, 3)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1.0, 2.0], [3.0]], "wanted a matrix"),
+        (np.array([[10**400, 1], [2, 3]], dtype=object), "wanted numbers"),
+        (np.random.default_rng(0).normal(size=(300, 2)) * 1e-161, "largest magnitude of at least 1e-30"),
+    ],
+)
+def test_odd_embeddings_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        HDBSCAN().fit(values)
+
+
+@pytest.mark.parametrize("scenes", [None, 5])
+def test_scenes_must_be_a_list(scenes):
+    with pytest.raises(ValueError, match="scenes: wanted a list"):
+        group_scenes(scenes)
+
+
+@pytest.mark.parametrize("scale", [1e-29, 1e-20, 1.0, 1e38, 1e80, 1e140])
+def test_principal_components_at_any_scale(scale):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 8)) @ rng.normal(size=(8, 8))
+    scaled = principal_components(x * scale, 2) / scale
+    np.testing.assert_allclose(scaled, principal_components(x, 2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "message"),
+    [
+        ((5, 3), 4, r"columns \(3\), got 4"),
+        ((2, 3), 3, r"rows \(2\) and columns \(3\), got 3"),
+        ((5, 513), 2, "at most 512 columns, got 513"),
+        ((5, 3), 10**30, "got 1000000000000000000000000000000"),
+    ],
+)
+def test_too_many_components_or_columns(shape, count, message):
+    with pytest.raises(ValueError, match=message):
+        principal_components(np.ones(shape), count)
