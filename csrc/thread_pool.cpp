@@ -7,7 +7,7 @@
 namespace spatialprobe {
 
 ThreadPool::ThreadPool(int threads) {
-  workers_.reserve(std::max(threads - 1, 0));  // before any thread runs: growing could fail, and running threads must be joined
+  workers_.reserve(std::max(threads - 1, 0));  // now: growing could fail, and threads that run must be joined
   try {
     for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { work(worker); });
   } catch (const std::system_error&) {
