@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from spatialprobe.engine.demo.tiny_checkpoints import build_wan_t2v
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.kernels.pool_features import pool_features
+from spatialprobe.kernels.pool_features import accumulate
 
 # A VAE pass costs 10 to 13 of these blocks (on one thread): Wan-14B's costs 4 of its own (6 with tiles), Wan-1.3B's 17.
 CHECKPOINT = {"num_layers": 24, "heads": 5, "head_dim": 96, "vae_dim": 4}
@@ -152,9 +152,9 @@ def assert_same_features(folders: dict[str, Path]) -> None:
             wanted = load_file(folders["plain"] / clip / f"feature_t{step}_layer{layer}.sft")["feat"]
             assert torch.equal(full.read(clip, layer, step).data, wanted), f"{clip}, layer {layer}, step {step}"
             x, rows = wanted[None].float(), tuple(range(len(wanted)))
-            off = (pooled.read(clip, layer, step).data.float() - pool_features(x, rows, tuple(POOL))[0]).abs()
+            off = (pooled.read(clip, layer, step).data.float() - accumulate(x, rows, tuple(POOL))[0]).abs()
             # 2^-11 for each rounding: of the pooled values, and of the dump they are compared with
-            assert (off <= 2.0**-10 * pool_features(x.abs(), rows, tuple(POOL))[0]).all()
+            assert (off <= 2.0**-10 * accumulate(x.abs(), rows, tuple(POOL))[0]).all()
 
 
 def summarize(rounds: dict[str, list[dict]], folders: dict[str, Path]) -> dict:

@@ -21,7 +21,7 @@ from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import STORE_DTYPES, ClipError, ClipRef, FeatureSpec, Plan, tensor_name
-from spatialprobe.kernels.pool_features import Finished, finish, pool_features
+from spatialprobe.kernels.pool_features import Finished, accumulate, pool_features
 
 
 @dataclass
@@ -151,7 +151,6 @@ class BatchFeatures:
 
     batch: int  # B
     tensors: dict[str, Finished]
-    peaks: dict[str, Tensor]  # float32 [B]: per tensor and clip, the largest magnitude before rounding
     copied: "torch.cuda.Event | None" = None
 
 
@@ -166,12 +165,10 @@ def run_batch(
     """Encodes once, then runs the blocks once per noise step, keeping only pooled rows of the wanted layers."""
     plan, device = clips[0].plan, torch.device(adapter.device)
     rows = clips[0].rows
+    dtype = STORE_DTYPES[spec.dtype]
     merged: dict[int, Tensor] = {}  # layer -> mean over steps so far
-    out = BatchFeatures(len(clips), {}, {})
-
-    def keep(name: str, pooled: Tensor) -> None:
-        out.peaks[name] = host.copy(pooled.abs().flatten(1).amax(1))
-        out.tensors[name] = finish(pooled, STORE_DTYPES[spec.dtype]).map(host.copy)
+    weight = 1.0 / len(spec.steps) if spec.merge_steps else 1.0
+    out = BatchFeatures(len(clips), {})
 
     with clock.host("stage"):
         staged = {name: stage([clip.inputs[name] for clip in clips], device) for name in clips[0].inputs}
@@ -183,20 +180,18 @@ def run_batch(
 
         def receive(layer: int, tokens: Tensor, step: int | None = step) -> None:
             with clock.on_device("finish", out_of="blocks"):
-                x = adapter.grid(tokens, state, plan)
-                if spec.merge_steps:
-                    weight = 1.0 / len(spec.steps)
-                    merged[layer] = pool_features(x, rows, spec.pool, into=merged.get(layer), weight=weight)
+                x, onto = adapter.grid(tokens, state, plan), merged.pop(layer, None)
+                if spec.merge_steps and step != spec.steps[-1]:
+                    merged[layer] = accumulate(x, rows, spec.pool, onto, weight=weight)
                 else:
-                    keep(tensor_name(layer, step), pool_features(x, rows, spec.pool))
+                    name = tensor_name(layer, None if spec.merge_steps else step)
+                    done = pool_features(x, rows, spec.pool, dtype=dtype, onto=onto, weight=weight)
+                    out.tensors[name] = done.map(host.copy)
 
         with clock.host("noise"):
             noise = batch_noise([clip.ref.id for clip in clips], adapter.noise_shape(plan), spec.seed, step, device)
         with clock.on_device("blocks"), taps.into(receive):
             adapter.forward(state, step, noise)
-    with clock.on_device("finish"):
-        for layer, pooled in merged.items():
-            keep(tensor_name(layer), pooled)
     out.copied = host.event()
     return out
 
@@ -258,7 +253,7 @@ def write(b: int, prepared: Prepared, features: BatchFeatures, store: FeatureSto
         features.copied.synchronize()
     spec, tensors = store.spec, {}
     for name, finished in features.tensors.items():
-        peak = float(features.peaks[name][b])
+        peak = float(finished.peak[b].amax())
         if not peak < float("inf"):
             raise ClipError(f"features of {name} are not finite")
         if not torch.isfinite(finished.mean[b]).all():

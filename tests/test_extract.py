@@ -234,7 +234,7 @@ def test_decode_compute_and_write_overlap(clips, tmp_path, monkeypatch):
     start = time.perf_counter()
     report = extract(refs(*(f"a{n}" for n in range(30))), Slow(), store, loaders=1, writers=1)
     assert report.written == 30
-    assert time.perf_counter() - start < 0.6 * 30 * 3 * 0.04
+    assert time.perf_counter() - start < 0.8 * 30 * 3 * 0.04  # one after the other they take 30 * 3 * 0.04
 
 
 def test_clips_of_different_lengths_share_batches_of_their_own_and_none_is_lost(clips, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.run import job_clips, run_job
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.kernels.pool_features import pool_features
+from spatialprobe.kernels.pool_features import accumulate
 
 
 def job(clips, model, out, **words) -> Job:
@@ -156,7 +156,7 @@ def test_merged_steps_are_the_mean_of_kept_ones(clips_path, wan_path, tmp_path):
 def test_pooled_features_are_the_pooled_full_ones(clips_path, wan_path, tmp_path):
     _, full = run_job(job(clips_path, wan_path, tmp_path / "full", limit=1))
     _, pooled = run_job(job(clips_path, wan_path, tmp_path / "pooled", limit=1, pool="2x4"))
-    expected = pool_features(full.read("clip0", 2, 749).data[None], (0, 1, 2), (2, 4))[0]
+    expected = accumulate(full.read("clip0", 2, 749).data[None], (0, 1, 2), (2, 4))[0]
     torch.testing.assert_close(pooled.read("clip0", 2, 749).data.float(), expected, rtol=2e-3, atol=2e-3)
 
 
