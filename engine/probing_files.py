@@ -8,6 +8,7 @@ a store has not). Which frame a row sees is not in these files: ROW_RULES knows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,6 +60,10 @@ def _images(frames: int, query: tuple[int, ...], length: int) -> list[int]:
     if length != len(query):
         raise ValueError(f"{length} rows for {len(query)} query frames")
     return [query.index(f) if f in query else -1 for f in range(frames)]
+
+
+def _given(rows: tuple[int, ...], frames: int, query: tuple[int, ...], length: int) -> list[int]:
+    return list(rows)
 
 
 ROW_RULES = {  # by the beginning of the family's name
@@ -210,24 +215,16 @@ def import_probing(
     token's mean and rstd are computed. Raises ValueError if nothing is there or the arguments fit no row rule.
     """
     root = Path(root)
-    rule = published(family) if rows is None else replace(published(family), rows=lambda *_: list(rows))
-    if frames.window is None or (rows is not None and len(rows) != frames.window):
-        raise ValueError(f"an import needs the window's length, and a row for each of its frames, got {frames.window}")
-    visible = (p for p in root.rglob("feature_*.sft") if not any(x.startswith(".") for x in p.relative_to(root).parts))
-    folders = sorted({path.parent for path in visible})
-    if not folders or folders[0] == root:
-        raise ValueError(f"{root} must hold <split>/<scene>/feature_*.sft, found {'the files' if folders else 'none'}")
-    ids = [check_clip_id(folder.relative_to(root).as_posix()) for folder in folders]
-    weights = f"imported:{root.name if name is None else name}"
-    spec = FeatureSpec(family, weights, tuple(layers), tuple(steps), frames=frames, dtype=dtype)
+    spec, rule = describe_dump(root, family, layers, steps, frames, rows, name, dtype)
+    ids = dumped_ids(root)
     store = FeatureStore.create(out, spec, {"model": root.name, "layout": "probing"})
     result = Transfer()
-    for clip_id, folder in zip(ids, folders, strict=True):
+    for clip_id in ids:
         try:
             if clip_id in store:
                 result.present += 1
             else:
-                store.write(clip_id, *_import_clip(folder, spec, rule))
+                store.write(clip_id, *_import_clip(root / clip_id, spec, rule))
                 result.written += 1
         except ValueError as error:
             result.failed[clip_id] = str(error)
@@ -236,34 +233,57 @@ def import_probing(
     return store, result
 
 
-def _import_clip(folder: Path, spec: FeatureSpec, rule: Published) -> tuple[dict[str, Tensor], Tensor, dict]:
-    """What `FeatureStore.write` takes, of one clip's folder. Raises ValueError for files that do not fit."""
-    tensors, lengths, files = {}, set(), []
-    for key in spec.tensors():
-        path, name = _find(folder, *key), tensor_name(*key)
-        feat = _load(path)
-        if feat.dtype != STORE_DTYPES[spec.dtype]:
-            raise ValueError(f"{path.name}: feat is {feat.dtype}, and the store would hold {spec.dtype}")
+def describe_dump(
+    root: Path,
+    family: str,
+    layers: Sequence[int],
+    steps: Sequence[int],
+    frames: FrameSelection,
+    rows: Sequence[int] | None,
+    name: str | None,
+    dtype: str,
+) -> tuple[FeatureSpec, Published]:
+    """The spec of what `root` holds, and its row rule; arguments and errors as of `import_probing`."""
+    rule = published(family) if rows is None else replace(published(family), rows=partial(_given, tuple(rows)))
+    if frames.window is None or (rows is not None and len(rows) != frames.window):
+        raise ValueError(f"a dump needs the window's length, and a row for each of its frames, got {frames.window}")
+    weights = f"imported:{root.name if name is None else name}"
+    return FeatureSpec(family, weights, tuple(layers), tuple(steps), frames=frames, dtype=dtype), rule
+
+
+def dumped_ids(root: Path) -> list[str]:
+    """Clips of `<root>/<split>/<scene>/feature_*.sft`, sorted. Raises ValueError if there are none."""
+    visible = (p for p in root.rglob("feature_*.sft") if not any(x.startswith(".") for x in p.relative_to(root).parts))
+    folders = sorted({path.parent for path in visible})
+    if not folders or folders[0] == root:
+        raise ValueError(f"{root} must hold <split>/<scene>/feature_*.sft, found {'the files' if folders else 'none'}")
+    return [check_clip_id(folder.relative_to(root).as_posix()) for folder in folders]
+
+
+def dumped_length(spec: FeatureSpec, rule: Published, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """T of one part of a clip's files, whose "feat" have these dtypes and shapes. Raises ValueError for unfit ones."""
+    lengths = set()
+    for name, (dtype, shape) in shapes.items():
+        if dtype != STORE_DTYPES[spec.dtype]:
+            raise ValueError(f"{name}: feat is {dtype}, and the store would hold {spec.dtype}")
         halves = [] if rule.parts == 1 else [rule.parts]
-        if feat.ndim != 4 + len(halves) or (halves and len(feat) != rule.parts):
-            raise ValueError(f"{path.name}: feat must be {[*halves, 'T', 'H', 'W', 'C']}, got {list(feat.shape)}")
-        lengths.add(feat.shape[-4])
-        tensors[name] = feat.flatten(0, -4)
-        stats = [token_stats(row) for row in tensors[name]]  # by row: float32 copies stay small
-        tensors[f"{name}.mean"], tensors[f"{name}.rstd"] = (torch.stack(s) for s in zip(*stats, strict=True))
-        files.append(path.name)
+        if len(shape) != 4 + len(halves) or (halves and shape[0] != rule.parts):
+            raise ValueError(f"{name}: feat must be {[*halves, 'T', 'H', 'W', 'C']}, got {list(shape)}")
+        lengths.add(shape[-4])
     if len(lengths) != 1:
-        raise ValueError(f"{', '.join(files)} have unequal numbers of rows: {sorted(lengths)}")
-    query = parse_query(spec.frames.query, spec.frames.window)
-    rows = rule.rows(spec.frames.window, query, lengths.pop())
-    length, grid = len(tensors[name]), list(tensors[name].shape[:3])
-    if max(rows) >= length:
-        raise ValueError(f"{length} rows cannot see {len(rows)} frames: {max(rows) + 1} are needed")
-    provenance = {"grid": grid, "rows_kept": list(range(length)), "padded": None, "files": files}
-    return tensors, torch.tensor(rows), provenance
+        raise ValueError(f"{', '.join(shapes)} have unequal numbers of rows: {sorted(lengths)}")
+    return lengths.pop()
 
 
-def _find(folder: Path, layer: int, step: int | None) -> Path:
+def dumped_rows(spec: FeatureSpec, rule: Published, length: int) -> list[int]:
+    """[F] row that sees each frame, of files with `length` rows in each part, one part after the other."""
+    rows = rule.rows(spec.frames.window, parse_query(spec.frames.query, spec.frames.window), length)
+    if max(rows) >= length * rule.parts:
+        raise ValueError(f"{length * rule.parts} rows cannot see {len(rows)} frames: {max(rows) + 1} are needed")
+    return rows
+
+
+def dumped_file(folder: Path, layer: int, step: int | None) -> Path:
     """The file of a layer and step, whatever its tag."""
     found = sorted(folder.glob(probing_name(layer, step, "" if step is None else "*")))
     if len(found) != 1:
@@ -271,6 +291,25 @@ def _find(folder: Path, layer: int, step: int | None) -> Path:
         wanted = f"one {probing_name(layer, step)}"
         raise ValueError(f"{wanted} expected, found {len(found)}; there are {there}")
     return found[0]
+
+
+def _import_clip(folder: Path, spec: FeatureSpec, rule: Published) -> tuple[dict[str, Tensor], Tensor, dict]:
+    """What `FeatureStore.write` takes, of one clip's folder. Raises ValueError for files that do not fit."""
+    feats = {}
+    for key in spec.tensors():
+        path = dumped_file(folder, *key)
+        feats[path.name] = _load(path)
+    length = dumped_length(spec, rule, {name: (feat.dtype, tuple(feat.shape)) for name, feat in feats.items()})
+    tensors = {}
+    for key, feat in zip(spec.tensors(), feats.values(), strict=True):
+        name = tensor_name(*key)
+        tensors[name] = feat.flatten(0, -4)
+        stats = [token_stats(row) for row in tensors[name]]  # by row: float32 copies stay small
+        tensors[f"{name}.mean"], tensors[f"{name}.rstd"] = (torch.stack(s) for s in zip(*stats, strict=True))
+    rows, total = dumped_rows(spec, rule, length), length * rule.parts
+    grid = list(tensors[name].shape[:3])
+    provenance = {"grid": grid, "rows_kept": list(range(total)), "padded": None, "files": list(feats)}
+    return tensors, torch.tensor(rows), provenance
 
 
 def _load(path: Path) -> Tensor:

@@ -19,7 +19,10 @@ from torch import Tensor
 from spatialprobe.engine.clipfile import SUFFIX, BadFile, Entry, clip_files, read_header, write_file
 from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
 from spatialprobe.engine.failures import append_failure, read_failures
+from spatialprobe.engine.ranges import LocalFile
+from spatialprobe.engine.rows import Key, StoredRows
 from spatialprobe.engine.schema import differences, mismatches, quantised, row_mismatches
+from spatialprobe.engine.stored_clip import StoredClip
 from spatialprobe.engine.types import Features, FeatureSpec, check_clip_id, rows_of, tensor_name
 from spatialprobe.engine.verify import StoreInfo, reread, summarize
 from spatialprobe.kernels.pool_features import dequantize
@@ -30,14 +33,20 @@ log = logging.getLogger(__name__)
 class FeatureStore:
     """Features of one FeatureSpec. `create` to write, `open` to read."""
 
-    def __init__(self, root: Path, spec_text: str):
-        self.root, self.clips = root, root / "clips"
+    def __init__(self, root: Path, spec_text: str, *, direct: bool = True):
+        self.root, self.clips, self.direct = root, root / "clips", direct
         self.run: RunFolder | None = None  # of this process's temporary files, if it may write
-        self.spec = FeatureSpec.from_json(spec_text)
-        self.spec_hash = sha256(spec_text.encode()).hexdigest()[:16]  # stays when a later version adds a field
+        self.spec, self.spec_hash = parse_spec(spec_text, root / "spec.json")
 
     @classmethod
-    def create(cls, root: str | Path, spec: FeatureSpec, about: dict[str, Any] | None = None) -> "FeatureStore":
+    def create(
+        cls,
+        root: str | Path,
+        spec: FeatureSpec,
+        about: dict[str, Any] | None = None,
+        *,
+        spec_text: str | None = None,  # of the store whose files are copied into this one; it may be an older version's
+    ) -> "FeatureStore":
         """Makes a store, or opens one of an equal spec. Removes what killed runs left in its `tmp`.
 
         `about` is for people (the model's name as typed); the first run's stays. Raises ValueError for a store of
@@ -47,7 +56,7 @@ class FeatureStore:
         cls.check_place(root, spec)
         make_folder(root)
         run = RunFolder(root / "tmp")
-        _first_wins(run, root / "spec.json", spec.to_json())
+        _first_wins(run, root / "spec.json", spec_text or spec.to_json())
         store = cls.open(root)
         store._must_be_of(spec)  # another process may have been first
         _first_wins(run, root / "about.json", json.dumps(about or {}, sort_keys=True, indent=1))
@@ -67,15 +76,17 @@ class FeatureStore:
             raise ValueError(f"{root} is not empty and not a store: it holds {', '.join(foreign[:5])}")
 
     @classmethod
-    def open(cls, root: str | Path) -> "FeatureStore":
-        """Opens a store for reading (and for recording failures). Raises ValueError if `root` is not a store."""
+    def open(cls, root: str | Path, *, direct: bool = True) -> "FeatureStore":
+        """Opens a store for reading (and for recording failures). Raises ValueError if `root` is not a store.
+
+        `direct` reads rows that the page cache has not got around it, at half the CPU time. Without, they are cached:
+        better where several processes read a store that fits in memory.
+        """
         path = Path(root) / "spec.json"
         try:
-            return cls(Path(root), path.read_text())
+            return cls(Path(root), path.read_text(), direct=direct)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{root} is not a feature store: it has no spec.json") from None
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{path} is not a feature spec: {error}") from None
 
     def _must_be_of(self, spec: FeatureSpec) -> None:
         changed = differences(self.spec, spec)
@@ -163,23 +174,32 @@ class FeatureStore:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def read(self, clip_id: str, layer: int, step: int | None = None, *, dtype: torch.dtype | None = None) -> Features:
-        """A clip's features, in the stored dtype (float32 if that is quantised) or in `dtype`.
+    def open_clip(self, clip_id: str, *, check: bool = False) -> StoredClip:
+        """`with store.open_clip(id) as clip: clip.read(keys, rows)`: see `FeatureSource.open_clip`.
 
-        Raises ValueError for a layer or step that is not in the spec and for a damaged file, FileNotFoundError for a
-        clip that is not there.
+        The clip stays what it is while it is open, also if an extractor replaces it meanwhile.
         """
-        raw = self.read_raw(clip_id, layer, step)
-        data = dequantize(raw["data"], raw["scale"]) if "scale" in raw else raw["data"]
-        return Features(data if dtype is None else data.to(dtype), raw["rows"])
+        with self._explained(clip_id) as path:
+            file = LocalFile(path, direct=self.direct)
+        return StoredClip(file, clip_id, self.spec, self.spec_hash, check=check)
 
-    def read_raw(self, clip_id: str, layer: int, step: int | None = None) -> dict[str, Tensor]:
-        """As stored: "data" [T, H, W, C], "mean", "rstd" and, where quantised, "scale" [T, H, W], "rows" [F]."""
-        name = self._name(layer, step)
-        parts = ("mean", "rstd", "scale") if quantised(self.spec) else ("mean", "rstd")
-        with self._explained(clip_id) as path, safe_open(path, "pt") as file:
-            raw = {"data": file.get_tensor(name), "rows": file.get_tensor("rows")}
-            return raw | {part: file.get_tensor(f"{name}.{part}") for part in parts}
+    def read_rows(
+        self,
+        clip_id: str,
+        layer: int,
+        rows: Sequence[int],  # [R]
+        step: int | None = None,
+        *,
+        out: StoredRows | None = None,  # of R rows; without, new memory
+        check: bool = False,  # compare the whole file with its checksum first
+    ) -> StoredRows:
+        """Rows of a clip's features as stored, with their token statistics. Fetches only these bytes, in parallel.
+
+        Raises what `OpenClip.read` and `open_clip` raise.
+        """
+        key = self._key(layer, step)
+        with self.open_clip(clip_id, check=check) as clip:
+            return clip.read([key], rows, out=None if out is None else {key: out})[key]
 
     def read_frames(
         self,
@@ -191,20 +211,37 @@ class FeatureStore:
         dtype: torch.dtype | None = None,
     ) -> Tensor:  # [S, H, W, C]
         """Like `read(...).at(frames)`, but only those rows are read. Raises KeyError for a frame that no row sees."""
-        name = self._name(layer, step)
-        with self._explained(clip_id) as path, safe_open(path, "pt") as file:
-            rows = file.get_tensor("rows").tolist()
+        key = self._key(layer, step)
+        with self.open_clip(clip_id) as clip:
             try:
-                wanted = rows_of(rows, frames)
+                rows = rows_of(clip.rows, frames)
             except KeyError as error:
                 raise KeyError(f"clip {clip_id}: {error.args[0]}") from None
-            read, kept = {}, [name] + ([f"{name}.scale"] if quantised(self.spec) else [])
-            slices = [file.get_slice(key) for key in kept]
-            for row in set(wanted):
-                data, *scale = (part[row : row + 1] for part in slices)
-                read[row] = dequantize(data, *scale) if scale else data
-        out = torch.cat([read[row] for row in wanted])
+            stored = clip.read([key], rows)[key]
+        out = stored.data if stored.scale is None else dequantize(stored.data, stored.scale)
         return out if dtype is None else out.to(dtype)
+
+    def read(self, clip_id: str, layer: int, step: int | None = None, *, dtype: torch.dtype | None = None) -> Features:
+        """A clip's features, in the stored dtype (float32 if that is quantised) or in `dtype`.
+
+        As they are stored they are mapped: see `read_raw`. Raises ValueError for a layer or step that is not in the
+        spec and for a damaged file, FileNotFoundError for a clip that is not there.
+        """
+        raw = self.read_raw(clip_id, layer, step)
+        data = dequantize(raw["data"], raw["scale"]) if "scale" in raw else raw["data"]
+        return Features(data if dtype is None else data.to(dtype), raw["rows"])
+
+    def read_raw(self, clip_id: str, layer: int, step: int | None = None) -> dict[str, Tensor]:
+        """As stored: "data" [T, H, W, C], "mean", "rstd" and, where quantised, "scale" [T, H, W], "rows" [F].
+
+        For looking around: the tensors are the file itself, mapped into memory, and what is not looked at is not read.
+        Changing them changes no file.
+        """
+        name = tensor_name(*self._key(layer, step))
+        parts = ("mean", "rstd", "scale") if quantised(self.spec) else ("mean", "rstd")
+        with self._explained(clip_id) as path, safe_open(path, "pt") as file:
+            raw = {"data": file.get_tensor(name), "rows": file.get_tensor("rows")}
+            return raw | {part: file.get_tensor(f"{name}.{part}") for part in parts}
 
     def provenance(self, clip_id: str) -> dict[str, Any]:
         """How a clip's features came about."""
@@ -218,11 +255,11 @@ class FeatureStore:
             log.warning("%s: skipped torn lines %s", self.root / "failed.jsonl", torn)
         return {name: records[name] for name in sorted(records) if name not in self}
 
-    def _name(self, layer: int, step: int | None) -> str:
+    def _key(self, layer: int, step: int | None) -> Key:
         if (layer, step) not in self.spec.tensors():
             there = ", ".join(tensor_name(*key) for key in self.spec.tensors())
             raise ValueError(f"{tensor_name(layer, step)} is not in {self.root}; it holds {there}")
-        return tensor_name(layer, step)
+        return layer, step
 
     @contextmanager
     def _explained(self, clip_id: str) -> Iterator[Path]:
@@ -236,6 +273,17 @@ class FeatureStore:
             raise FileNotFoundError(f"clip {clip_id} is not in {self.root}{why}") from None
         except (SafetensorError, BadFile) as error:
             raise ValueError(f"clip {clip_id}: {path} is damaged: {error}") from None
+
+
+def parse_spec(text: str, path: Path | str) -> tuple[FeatureSpec, str]:
+    """A spec and its hash, of the text itself: so the hash stays when a later version adds a field. Raises ValueError.
+
+    `path` is where the text is from, for the message.
+    """
+    try:
+        return FeatureSpec.from_json(text), sha256(text.encode()).hexdigest()[:16]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} is not a feature spec: {error}") from None
 
 
 def _foreign(root: Path) -> list[str]:

@@ -1,0 +1,43 @@
+"""DL3DV as the published study processed it: `<root>/<subset>/<hash>.sft`, what VGGT-1B predicted for each frame.
+
+The file's frames begin at its `start_idx`, as the window of features extracted with `--start start_idx` does.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from spatialprobe.probes.labels.base import Labels, TensorFile, split_ids
+
+TENSORS = {  # name -> name in the file, where [S, H, W, 1] stands for our [S, H, W]
+    "depth": "depthmaps",
+    "points": "pointmaps",
+    "confidence": "confmaps",
+    "extrinsic": "extrinsic",  # world-to-camera
+    "intrinsic": "intrinsic",
+    "images": "images",
+}
+
+
+class DL3DVLabels(Labels):
+    """Geometry: depth, points, cameras. Each scene has a scale of its own."""
+
+    names, start = tuple(TENSORS), "start_idx"
+
+    def ids(self, split: str | None = None) -> list[str]:
+        if split is not None:
+            return sorted(i for i in split_ids(self.root, split) if self.path(i).exists())
+        return sorted(p.relative_to(self.root).with_suffix("").as_posix() for p in self.root.glob("[!.]*/[!.]*.sft"))
+
+    def path(self, clip_id: str) -> Path:
+        return self.root / f"{clip_id}.sft"
+
+    def _frames(self, path: Path) -> int:
+        return TensorFile(path).shape("depthmaps")[0]
+
+    def _read(self, path: Path, frames: list[int], wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        file = TensorFile(path)
+        read = {name: file.frames(TENSORS[name], frames) for name in wanted}
+        return {
+            name: x.squeeze(-1) if name in ("depth", "confidence") and x.ndim == 4 else x for name, x in read.items()
+        }
