@@ -109,6 +109,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--window", metavar="N", default="81", help="frames the clips were cut to (default: 81)")
     sub.add_argument("--query", metavar="FRAMES", help="frames shown to the model (default: the family's)")
 
+    from spatialprobe.probes.cli import add_probe_command  # the one place where the engine knows of probes
+
+    add_probe_command(command)
     sub = command("demo", demo, "render scenes, build tiny models, extract, and write a page about it")
     sub.add_argument("--out", default="demo", help="folder to write (default: demo)")
     return top

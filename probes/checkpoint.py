@@ -1,0 +1,109 @@
+"""Probes in files: a training run that can go on where it was killed, and trained probes to be used again."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from spatialprobe.engine.clipfile import is_whole, read_header, write_file
+from spatialprobe.engine.durable import RunFolder, publish, room_for
+from spatialprobe.probes.probe import Probe
+from spatialprobe.probes.task import ProbeConfig, ProbeTask
+from spatialprobe.probes.training import Trainee
+
+STATE = ("curve", "best_score", "best_epoch", "stopped", "loss_sum", "clips")  # of a Trainee, beside its tensors
+
+
+def save_run(path: Path, trainees: Sequence[Trainee], about: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Replaces the checkpoint at `path`, whole or not at all. `about` says which run it is, `progress` where it is."""
+    tensors, states = {}, []
+    for i, trainee in enumerate(trainees):
+        tensors |= {f"{i}/probe/{n}": x for n, x in trainee.probe.state_dict().items()}
+        tensors |= {f"{i}/best/{n}": x for n, x in trainee.best.items()}
+        for number, moments in trainee.optimizer.state_dict()["state"].items():
+            tensors |= {f"{i}/adam/{number}/{n}": torch.as_tensor(x) for n, x in moments.items()}
+        states.append({name: getattr(trainee, name) for name in STATE})
+    save(path, tensors, {"about": about, "progress": progress, "probes": states})
+
+
+def load_run(path: Path, trainees: Sequence[Trainee], about: dict[str, Any]) -> dict[str, Any]:
+    """Brings fresh `trainees` to where the run at `path` was, and returns its `progress`.
+
+    Raises ValueError for a damaged file, and for a checkpoint of another run, naming what differs.
+    """
+    tensors, header = load(path)
+    there = header["about"]
+    changed = [
+        f"{k}: {there.get(k)} there, {v} asked" for k, v in json.loads(json.dumps(about)).items() if there.get(k) != v
+    ]
+    if changed:
+        raise ValueError(f"{path} is of another run; choose another folder\n  " + "\n  ".join(changed))
+    for i, (trainee, state) in enumerate(zip(trainees, header["probes"], strict=True)):
+        for name in STATE:
+            setattr(trainee, name, state[name])
+        part = lambda kind, i=i: {  # noqa: E731
+            n.split("/", 2)[2]: x for n, x in tensors.items() if n.startswith(f"{i}/{kind}/")
+        }
+        trainee.probe.load_state_dict(part("probe"))
+        trainee.best = part("best")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, x in part("adam").items():
+            number, kind = name.split("/")
+            moments.setdefault(int(number), {})[kind] = x
+        trainee.optimizer.load_state_dict({**trainee.optimizer.state_dict(), "state": moments})
+    return header["progress"]
+
+
+def save_probe(path: Path, trainee: Trainee, about: dict[str, Any]) -> None:
+    """The probe's best weights, with all that `load_probe` needs to build it again."""
+    probe = trainee.probe
+    described = {
+        "task": probe.task.name,
+        "config": asdict(probe.config),
+        "facts": None if probe.facts is None else asdict(probe.facts),
+        "channels": probe.input.weight.shape[1],
+        "keys": [list(key) for key in trainee.keys],
+    }
+    save(path, trainee.best or dict(probe.state_dict()), described | {"about": about})
+
+
+def load_probe(path: Path, tasks: dict[str, ProbeTask]) -> tuple[Probe, dict[str, Any]]:
+    """A trained probe, and its file's header. Raises ValueError for a damaged file or an unknown task."""
+    tensors, header = load(path)
+    if header.get("task") not in tasks:
+        raise ValueError(f"{path} is of task {header.get('task')!r}; known: {', '.join(tasks)}")
+    task = tasks[header["task"]]
+    as_tuples = {n: tuple(x) if isinstance(x, list) else x for n, x in (header["facts"] or {}).items()}
+    facts = None if header["facts"] is None else task.facts_type(**as_tuples)
+    probe = Probe(task, ProbeConfig(**header["config"]), header["channels"], facts)
+    probe.load_state_dict(tensors)
+    return probe, header
+
+
+def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    run = RunFolder(path.parent / ".tmp")
+    temp = run.file()
+    on_cpu = {name: x.detach().cpu() for name, x in tensors.items()}
+    with room_for(path, sum(x.nbytes for x in on_cpu.values())):
+        try:
+            write_file(temp, on_cpu, json.loads(json.dumps(header)))
+            publish(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+            run.close()
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if not is_whole(path):
+        raise ValueError(f"{path} is damaged")
+    with path.open("rb") as file:
+        header = read_header(file).provenance
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, header

@@ -1,0 +1,129 @@
+"""`engine probe`: words in, trained probes, their numbers and their pictures out."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spatialprobe.probes.loop import TrainProgress
+
+TASK_NAMES = ("tagging", "instance", "geometry")
+
+
+def add_probe_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds `probe` to the commands; nothing heavy is imported before it runs."""
+    sub = command("probe", probe, "train probes on stores and measure them")
+    sub.add_argument("--task", required=True, choices=TASK_NAMES)
+    sub.add_argument(
+        "--features", required=True, action="append", metavar="STORE", help="a store; several are joined on channels"
+    )
+    sub.add_argument(
+        "--labels", required=True, metavar="DATA", help="ScanNet-processed, DL3DV-processed or demo scenes"
+    )
+    sub.add_argument("--classes", metavar="K", type=int, help="ScanNet: the list class_names_K.json (default: 20)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="results, probes, pictures; run again to resume")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the probe, as lr=1e-3"
+    )
+    sub.add_argument("--grid", action="append", default=[], metavar="NAME=A,B", help="train a probe for each value")
+    sub.add_argument("--val", metavar="SHARE", type=float, help="of the clips (default: the dataset's split, or .1)")
+    sub.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there)")
+    sub.add_argument("--threads", metavar="N", type=int, default=4, help="that read (default: 4)")
+    sub.add_argument("--keep", metavar="GB", type=float, default=4.0, help="of features kept in memory (default: 4)")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the probes")
+    sub.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out clips that cannot be read, and list them"
+    )
+
+
+def probe(args: argparse.Namespace) -> int:
+    import torch
+
+    from spatialprobe.probes.labels import open_labels
+    from spatialprobe.probes.loop import TASKS, train
+    from spatialprobe.probes.pictures import draw_run
+    from spatialprobe.probes.results import table
+
+    device = args.device
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # under torchrun or accelerate launch
+        from accelerate import PartialState
+
+        device = PartialState().device
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    labels = open_labels(args.labels, **({} if args.classes is None else {"classes": args.classes}))
+    sources = [open_features(path) for path in args.features]
+    shown = Bar() if first else lambda state: None
+    results = train(
+        TASKS[args.task],
+        sources,
+        labels,
+        grid={name: [_value(v) for v in values.split(",")] for name, values in map(_pair, args.grid)},
+        val=args.val,
+        out=args.out,
+        device=device,
+        threads=args.threads,
+        keep_bytes=int(args.keep * 1e9),
+        compiled=args.compile,
+        on_error="skip" if args.skip_unreadable else "raise",
+        progress=shown,
+        **{name: _value(value) for name, value in map(_pair, args.set)},
+    )
+    if first:
+        shown.close()
+        print(table(results))
+        drawn = draw_run(Path(args.out), results, sources, labels)
+        print(f"{args.out}: results.json, {', '.join(path.name for path in drawn)}")
+    return 1 if any(result.stopped.startswith("the loss") for result in results) else 0
+
+
+def open_features(path: str):
+    """A store's folder, or a remote store by its URL."""
+    from spatialprobe.engine.store import FeatureStore
+
+    if "://" in path:
+        from spatialprobe.engine.remote import RemoteStore
+
+        return RemoteStore(path)
+    return FeatureStore.open(path)
+
+
+def _pair(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise ValueError(f"wanted NAME=VALUE, got {word!r}")
+    return name, value
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null as in JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+class Bar:
+    """A bar over all batches with the epoch and the best probe's loss; a line per epoch where there is no terminal."""
+
+    def __init__(self):
+        self._bar = None
+
+    def __call__(self, state: "TrainProgress") -> None:
+        from spatialprobe.engine.progress import bar
+
+        done, total = state.epoch * state.batches + state.batch, state.epochs * state.batches
+        if self._bar is None:
+            self._bar = bar(total, "batch")
+            self._bar.update(done - 1)
+        self._bar.set_postfix(epoch=f"{state.epoch + 1}/{state.epochs}", loss=f"{min(state.losses):.4g}", refresh=False)
+        self._bar.update()
+        if state.batch == state.batches and not sys.stderr.isatty():
+            print(f"epoch {state.epoch + 1}/{state.epochs}: training loss {min(state.losses):.4g}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

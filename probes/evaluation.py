@@ -1,0 +1,46 @@
+"""One pass over clips for any number of probes: their loss and their task's metrics."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from spatialprobe.probes.batches import Batch
+from spatialprobe.probes.training import Trainee, autocast, features_of, project, task_loss
+
+
+@torch.no_grad()
+def evaluate_all(
+    trainees: Sequence[Trainee],
+    batches: Iterable[Batch],
+    *,
+    metrics: bool = True,  # the task's metrics, not the loss alone
+    progress: Callable[[int], object] = lambda batches: None,
+) -> list[dict[str, float]]:
+    """Each probe's "loss", the mean over clips, and its task's metrics.
+
+    A metric may work on its clips in threads of its own while the next batch runs (grouping does).
+    """
+    scores = [t.probe.task.metrics(t.config, t.probe.facts) if metrics else None for t in trainees]
+    totals, clips = [0.0] * len(trainees), 0
+    for trainee in trainees:
+        trainee.probe.eval()
+    for number, batch in enumerate(batches):
+        device = batch.frames.device
+        with autocast(device):
+            projected = project([t.probe for t in trainees], features_of(batch, trainees))
+        for i, (trainee, x) in enumerate(zip(trainees, projected, strict=True)):
+            with autocast(device):
+                outputs = {name: y.float() for name, y in trainee.probe.read(x).items()}
+            generator = torch.Generator(device).manual_seed(number)  # every evaluation samples alike
+            totals[i] += float(task_loss(trainee.probe, outputs, batch.labels, generator)["loss"]) * len(batch.ids)
+            if scores[i] is not None:
+                targets = trainee.probe.task.targets(batch.labels, trainee.config, trainee.probe.facts)
+                scores[i].update(outputs, targets)
+        clips += len(batch.ids)
+        progress(1)
+    for trainee in trainees:
+        trainee.probe.train()
+    if not clips:
+        raise ValueError("an evaluation needs at least 1 clip, got none")
+    found = [{} if score is None else score.result() for score in scores]
+    return [{"loss": total / clips} | numbers for total, numbers in zip(totals, found, strict=True)]
