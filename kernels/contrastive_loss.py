@@ -1,9 +1,10 @@
-"""The pull-push loss of pixel embeddings: one object's together, different objects' a margin apart.
+"""The pull-push loss over sampled pixels of scenes, forward and backward, without a matrix of all their pairs.
 
-Neither pass holds the P x P distances. Which pixels are sampled, and what made the embeddings, is not known here.
-B scenes, P pixels of a scene, D channels.
+Distances are sums of squared differences in float32, and so is their gradient: through dot products close pairs cancel.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,291 +14,354 @@ from torch import Tensor
 
 from spatialprobe.kernels.launch import Impl, launch_for, use_triton
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_CHANNELS = 128  # of the Triton kernel, whose gradient of a block of pixels stays in registers
-CHUNK = 1 << 22  # distances that the torch implementation holds at a time
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*TRITON_DTYPES, torch.float64)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 # -- what is called ---------------------------------------------------------------------------------------------------
 
 
 def contrastive_loss(
-    embeddings: Tensor,  # [B, P, D] float32, bfloat16, float16; torch: float64 too
-    ids: Tensor,  # int [B, P], object of each pixel; every value is an object
+    embeddings: Tensor,  # [B, P, D], float32, bfloat16 or float16, in torch also float64; any strides
+    ids: Tensor,  # [B, P], any integers; int32 is the quickest
     *,
-    counts: Tensor | None = None,  # int [B]: only the first counts[b] pixels of scene b are there; None: all P
-    margin: float = 1.0,
+    counts: Tensor | None = None,  # [B], integers: of scene b only the first counts[b] pixels are there
+    margin: float = 1.0,  # distance from which on unequal pixels are far enough apart
     pull_weight: float = 1.0,
     push_weight: float = 1.0,
     impl: Impl = "auto",
-) -> Tensor:  # scalar, float32 (float64 of float64)
-    """Mean distance of pairs of equal ids, plus mean of max(0, margin - distance) of pairs of unequal ids.
+) -> Tensor:  # float32 scalar, of float64 embeddings float64
+    """pull_weight * mean distance of pixels of one id + push_weight * mean of max(0, margin - distance) of others.
 
-    Pairs are two different pixels of one scene; each mean is over the pairs of all scenes together, and 0 where there
-    are none. Distances are Euclidean, sqrt(sum (a - b)^2) in float32: exact for close pairs, which dot products are
-    not. A distance of 0 has gradient 0, and so has one of `margin`. Sums are taken in a fixed order.
-
-    Differentiable once, in `embeddings`. Squared distances below 1e-38 count as 0. Raises ValueError for shapes,
-    dtypes and counts that do not fit, and, in Triton, for D beyond 128.
+    Means are over all ordered pairs of two pixels of one scene, of all scenes together, and 0 where there are none
+    (De Brabandere et al. 2017 in the pairwise form of the published study). Memory grows with P, not with P * P.
+    The gradient has the dtype of the embeddings; that of a distance is 0 at distance 0, and that of the hinge is 0 at
+    the margin. float32 ends distances at 1.8e19, beyond which they are infinite, and at 1.1e-19, below which they are
+    0. An embedding that is not finite makes the loss NaN or infinite.
+    Raises ValueError for shapes, dtypes and devices that do not fit, a margin that is not a number from 0 on, and
+    counts outside 0 .. P; on CUDA, where looking would wait for the device, such counts make loss and gradient NaN.
     """
-    if embeddings.ndim != 3 or 0 in embeddings.shape[1:]:
-        raise ValueError(f"embeddings must be [B, P, D], got {list(embeddings.shape)}")
-    triton = use_triton(impl, embeddings)
-    if embeddings.dtype not in ((*FLOATS,) if triton else (*FLOATS, torch.float64)):
-        raise ValueError(f"embeddings must be one of {', '.join(map(str, FLOATS))}, got {embeddings.dtype}")
-    batch, pixels, channels = embeddings.shape
-    if ids.shape != (batch, pixels) or ids.is_floating_point() or ids.device != embeddings.device:
-        got = f"{ids.dtype} {list(ids.shape)} on {ids.device}"
-        raise ValueError(f"ids must be whole numbers [{batch}, {pixels}] on {embeddings.device}, got {got}")
-    if counts is None:
-        counts = torch.full((batch,), pixels, device=embeddings.device)
-    if counts.shape != (batch,) or counts.is_floating_point() or counts.device != embeddings.device:
-        got = f"{counts.dtype} {list(counts.shape)} on {counts.device}"
-        raise ValueError(f"counts must be whole numbers [{batch}] on {embeddings.device}, got {got}")
-    if triton and channels > MAX_CHANNELS:
-        raise ValueError(f"the Triton kernel takes at most {MAX_CHANNELS} channels, got {channels}; impl='torch' more")
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    weights = (float(pull_weight), float(push_weight))
-    return _loss(wide, ids.long(), counts.long().clamp(0, pixels), float(margin), *weights, triton)[0]
-
-
-def definition(
-    embeddings: Tensor,  # [B, P, D]
-    ids: Tensor,  # int [B, P]
-    counts: Tensor,  # int [B]
-    margin: float,
-    pull_weight: float,
-    push_weight: float,
-) -> Tensor:
-    """The loss as it is written above, with all distances in memory."""
-    there = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
-    pairs = there[:, :, None] & there[:, None, :] & ~torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
-    same = ids[:, :, None] == ids[:, None, :]
-    square = (embeddings[:, :, None] - embeddings[:, None, :]).square().sum(-1)
-    distance = torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)  # gradient 0 at 0, not NaN
-    pull, push = pairs & same, pairs & ~same
-    apart = (margin - distance).relu()
-    return pull_weight * _mean(distance, pull) + push_weight * _mean(apart, push)
-
-
-def _mean(x: Tensor, where: Tensor) -> Tensor:
-    return torch.where(where, x, 0.0).sum() / where.sum().clamp_min(1)
-
-
-# -- as torch sees it -------------------------------------------------------------------------------------------------
+    if embeddings.ndim != 3 or 0 in embeddings.shape:
+        raise ValueError(f"embeddings must be [B, P, D] and not empty, got {tuple(embeddings.shape)}")
+    if embeddings.dtype not in DTYPES:
+        raise ValueError(f"embeddings must be one of {', '.join(map(str, DTYPES))}, got {embeddings.dtype}")
+    for name, x, shape in (("ids", ids, embeddings.shape[:2]), ("counts", counts, embeddings.shape[:1])):
+        if x is None:
+            continue
+        if x.shape != shape or x.dtype not in INTEGERS or x.device != embeddings.device:
+            got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            raise ValueError(f"{name} must be integers {tuple(shape)} on {embeddings.device}, got {got}")
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin must be a distance from 0 on, got {margin}")
+    in_triton = use_triton(impl, embeddings)
+    if in_triton and embeddings.dtype not in TRITON_DTYPES:
+        raise ValueError(f"in Triton embeddings must have at most 32 bits, got {embeddings.dtype}; impl='torch' does")
+    return _loss(embeddings, ids, counts, margin, pull_weight, push_weight, in_triton)[0]
 
 
 @torch.library.custom_op("spatialprobe::contrastive_loss", mutates_args=())
 def _loss(
     embeddings: Tensor,
     ids: Tensor,
-    counts: Tensor,
+    counts: Tensor | None,
     margin: float,
     pull_weight: float,
     push_weight: float,
-    triton: bool,
-) -> tuple[Tensor, Tensor]:  # loss; float64 [2], of what a pair's distance changes the loss by: equal ids, unequal
-    sums = (_triton_sums if triton else _torch_sums)(embeddings, ids, counts, margin)
-    pull, push, pulls, pushes = sums.unbind()
-    per_pair = torch.stack([pull_weight / pulls.clamp_min(1), -push_weight / pushes.clamp_min(1)])
-    return (per_pair[0] * pull - per_pair[1] * push).to(embeddings.dtype), per_pair
+    in_triton: bool,
+) -> tuple[Tensor, Tensor]:  # scalar; float64 [2]: pairs of one id, others, each at least 1 because it divides
+    _check_counts(counts, embeddings.shape[1])
+    sums = _sums_in_triton if in_triton else _sums_in_torch
+    pull, push, *pairs = sums(embeddings, ids, counts, margin).unbind()
+    pairs = torch.stack(pairs).clamp_min(1)
+    means = torch.stack([pull, push]) / pairs
+    loss = means[0] * pull_weight + means[1] * push_weight
+    return loss.to(_working(embeddings)), pairs
+
+
+@torch.library.custom_op("spatialprobe::contrastive_loss_gradient", mutates_args=())
+def _gradient(
+    grad: Tensor,
+    pairs: Tensor,
+    embeddings: Tensor,
+    ids: Tensor,
+    counts: Tensor | None,
+    margin: float,
+    pull_weight: float,
+    push_weight: float,
+    in_triton: bool,
+) -> Tensor:
+    gradient = _gradient_in_triton if in_triton else _gradient_in_torch
+    return gradient(grad, pairs, embeddings, ids, counts, margin, pull_weight, push_weight)
 
 
 @_loss.register_fake
-def _(embeddings, ids, counts, margin, pull_weight, push_weight, triton):
-    return embeddings.new_empty(()), embeddings.new_empty(2, dtype=torch.float64)
-
-
-@torch.library.custom_op("spatialprobe::contrastive_loss_backward", mutates_args=())
-def _gradient(
-    embeddings: Tensor, ids: Tensor, counts: Tensor, per_pair: Tensor, margin: float, triton: bool
-) -> Tensor:  # like embeddings
-    return (_triton_gradient if triton else _torch_gradient)(embeddings, ids, counts, per_pair, margin)
+def _(embeddings, ids, counts, margin, pull_weight, push_weight, in_triton):
+    return embeddings.new_empty((), dtype=_working(embeddings)), embeddings.new_empty(2, dtype=torch.float64)
 
 
 @_gradient.register_fake
-def _(embeddings, ids, counts, per_pair, margin, triton):
-    return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+def _(grad, pairs, embeddings, ids, counts, margin, pull_weight, push_weight, in_triton):
+    return embeddings.new_empty(embeddings.shape)
 
 
-def _setup(ctx, inputs, output):
-    embeddings, ids, counts, ctx.margin, _, _, ctx.triton = inputs
-    ctx.save_for_backward(embeddings, ids, counts, output[1])
+def _save(ctx, inputs, output):
+    embeddings, ids, counts, *ctx.settings = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(embeddings, ids, counts, output[1])
 
 
 def _backward(ctx, grad, _):
-    embeddings, ids, counts, per_pair = ctx.saved_tensors
-    gradient = _gradient(embeddings, ids, counts, per_pair * grad, ctx.margin, ctx.triton)
-    return gradient, None, None, None, None, None, None
+    embeddings, ids, counts, pairs = ctx.saved_tensors
+    return _gradient(grad, pairs, embeddings, ids, counts, *ctx.settings), *[None] * 6
 
 
-_loss.register_autograd(_backward, setup_context=_setup)
+_loss.register_autograd(_backward, setup_context=_save)
 
 
-# -- torch: a chunk of rows of the distances at a time ----------------------------------------------------------------
+def _working(embeddings: Tensor) -> torch.dtype:
+    return torch.float64 if embeddings.dtype == torch.float64 else torch.float32
 
 
-def _chunks(embeddings: Tensor, ids: Tensor, counts: Tensor):
-    """(scene, pixels, their distances to all of the scene [n, P], pairs of equal ids, pairs of unequal ids)."""
-    for scene, count in enumerate(counts.tolist()):
-        f, of = embeddings[scene, :count], ids[scene, :count]
-        rows = max(CHUNK // max(count, 1), 1)
-        for first in range(0, count, rows):
-            some = slice(first, min(first + rows, count))
-            distance = torch.cdist(f[some], f, compute_mode="donot_use_mm_for_euclid_dist")
-            same = of[some, None] == of
-            other = torch.ones_like(same)
-            other.diagonal(first).fill_(False)
-            yield scene, some, distance, same & other, ~same
+def _check_counts(counts: Tensor | None, pixels: int) -> None:
+    if counts is not None and counts.device.type == "cpu" and not 0 <= int(counts.min()) <= int(counts.max()) <= pixels:
+        raise ValueError(f"counts must be 0 .. {pixels} pixels, got {counts.tolist()}")
 
 
-def _torch_sums(embeddings: Tensor, ids: Tensor, counts: Tensor, margin: float) -> Tensor:
-    """float64 [4]: distances of equal ids, margins not kept by unequal ids, and how many pairs of each."""
+# -- the definition, in blocks of rows --------------------------------------------------------------------------------
+
+BLOCK = 2**23  # rows of a block x pixels x D: 32 MB in float32, which the backward pass on CUDA fills
+
+
+def _blocks(embeddings: Tensor, ids: Tensor, counts: Tensor | None) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Of each scene some rows against all its pixels: scene, rows, pixels [N, D], whether ids are equal [rows, N]."""
+    batch, pixels, dims = embeddings.shape
+    for b, count in enumerate([pixels] * batch if counts is None else counts.tolist()):
+        scene, names = embeddings[b, :count].to(_working(embeddings)), ids[b, :count].long()
+        step = max(BLOCK // max(count * dims, 1), 1)
+        for first in range(0, count, step):
+            rows = slice(first, min(first + step, count))
+            yield b, rows, scene, names[rows, None] == names
+
+
+def _distances(rows: Tensor, pixels: Tensor) -> Tensor:  # [R, D], [N, D] -> [R, N]
+    return torch.cdist(rows, pixels, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _sums_in_torch(embeddings: Tensor, ids: Tensor, counts: Tensor | None, margin: float) -> Tensor:
+    """float64 [4]: sums of distances of one id and of hinges of others; pairs of one id; others."""
     sums = torch.zeros(4, dtype=torch.float64, device=embeddings.device)
-    for _, _, distance, pull, push in _chunks(embeddings, ids, counts):
-        apart = (margin - distance).relu()
-        parts = (torch.where(pull, distance, 0.0), torch.where(push, apart, 0.0), pull, push)
-        sums += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    for _, rows, pixels, equal in _blocks(embeddings, ids, counts):
+        distance = _distances(pixels[rows], pixels)  # of a pixel to itself 0
+        hinge = (margin - distance).relu()
+        sums[0] += distance.masked_fill(~equal, 0).sum(dtype=torch.float64)
+        sums[1] += hinge.masked_fill(equal, 0).sum(dtype=torch.float64)
+        ones = equal.sum()
+        sums[2] += ones - len(equal)
+        sums[3] += equal.numel() - ones
     return sums
 
 
-def _torch_gradient(embeddings: Tensor, ids: Tensor, counts: Tensor, per_pair: Tensor, margin: float) -> Tensor:
-    gradient = torch.zeros_like(embeddings, memory_format=torch.contiguous_format)
-    for scene, some, distance, pull, push in _chunks(embeddings, ids, counts):
-        # every pair counts twice, from either side; in float64, where close pairs do not cancel
-        pull, push = pull & (distance > 0), push & (distance > 0) & (distance < margin)
-        slope = 2 * (pull * per_pair[0] + push * per_pair[1]) / torch.where(distance > 0, distance, 1.0)
-        f = embeddings[scene, : distance.shape[1]].double()
-        gradient[scene, some] = (slope.sum(1, keepdim=True) * f[some] - slope @ f).to(gradient.dtype)
+def _gradient_in_torch(grad, pairs, embeddings, ids, counts, margin, pull_weight, push_weight) -> Tensor:
+    gradient = torch.zeros_like(embeddings)
+    pull, push = (2 * grad * torch.stack([grad.new_tensor(pull_weight), grad.new_tensor(push_weight)]) / pairs).to(
+        _working(embeddings)
+    )  # each pair counts twice
+    for b, rows, pixels, equal in _blocks(embeddings, ids, counts):
+        distance = _distances(pixels[rows], pixels)
+        slope = torch.where(equal, pull, torch.where(distance < margin, -push, 0))
+        slope = slope.where(distance == distance, math.nan)
+        exact = torch.ops.aten._cdist_backward(slope, pixels[rows], pixels, 2.0, distance)
+        gradient[b, rows] = exact.to(gradient.dtype)
     return gradient
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------------
+# As bodies in gravity: a lane owns some pixels i and goes through the others j, eight at a time, so that what it sums
+# over j stays in its registers. What it reads lies in tiles of 128 pixels, [D, 128] in float32, with zeros where there
+# is no pixel: then a channel is a fixed step away from the next, and no load needs a mask.
+
+TILE, GROUP = 128, 32  # pixels of a tile; channels whose gradient a program sums at once
+_TILE = tl.constexpr(TILE)
+_LEAST = tl.constexpr(torch.finfo(torch.float32).tiny)  # a squared distance below is 0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A program compares `mine` pixels with `others` at a time."""
+    rows: int  # pixels i per program of one warp, 32 lanes
+    rows_backward: int
+    columns: int  # pixels j at a time
+    programs: int  # that fill the device; a gradient with fewer is split over j
 
-    mine: int
-    others: int
-    warps: int
 
-
-# By compute capability. The work is arithmetic in registers: per pair and channel one subtraction and one multiply-add,
-# no tensor cores (their TF32 is wrong by up to 2.8 times for close pairs).
-# - 64 x 64 pairs: each channel's 128 loaded numbers serve 4096 pairs. 8 warps have 16 pairs per thread; on 4, forward
-#   spills. Backward holds gradients [64, D] beside them.
-# - 2048 pixels make 32 programs per scene, so a batch of 8 fills the 108 to 148 SMs of all three.
-# Measured: registers and spills, compiled ahead for all three. Time was not: it needs a GPU.
-LAUNCHES = {
-    80: {"forward": Launch(64, 64, 8), "backward": Launch(64, 64, 8)},
-    90: {"forward": Launch(64, 64, 8), "backward": Launch(64, 64, 8)},
-    100: {"forward": Launch(64, 64, 8), "backward": Launch(64, 64, 8)},
-}
+# By compute capability; chosen ahead from what the compiler makes of them, not measured. A lane that owns 4 pixels
+# reads 12 numbers for 32 differences; the backward pass keeps D sums for each pixel in registers, and spills with 2.
+# Programs are 8 warps for each multiprocessor of A100, H200 and B200: what the registers of the backward pass allow.
+LAUNCHES = {80: Launch(128, 32, 8, 864), 90: Launch(128, 32, 8, 1056), 100: Launch(128, 32, 8, 1184)}
 
 
 @triton.jit
-def _squares(f_ptr, i, j, count, P, D, BI: tl.constexpr, BJ: tl.constexpr):
-    """Squared distances [BI, BJ] of pixels i and j; f is [D, P], so that neighbours are loaded together."""
-    total = tl.zeros([BI, BJ], tl.float32)
-    for d in range(D):
-        a = tl.load(f_ptr + d * P + i, i < count, 0.0)
-        b = tl.load(f_ptr + d * P + j, j < count, 0.0)
-        difference = a[:, None] - b[None, :]
-        total += difference * difference
+def _count(counts_ptr, b, P):
+    """Pixels of scene b, 0 if the count is wrong; and whether it is right."""
+    count = P
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + b).to(tl.int64)
+    right = (count >= 0) & (count <= P)
+    return tl.where(right, count, 0).to(tl.int32), right
+
+
+@triton.jit
+def _tiles_kernel(
+    x_ptr, counts_ptr, tiles_ptr, P, channels, b_stride, p_stride, d_stride, D: tl.constexpr, GROUP: tl.constexpr
+):
+    """One program writes GROUP channels of one tile."""
+    t, b = tl.program_id(0), tl.program_id(2)
+    count, _ = _count(counts_ptr, b, P)
+    pixel, d = t * _TILE + tl.arange(0, _TILE), tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    at = b * tl.cast(b_stride, tl.int64) + pixel.to(tl.int64)[:, None] * p_stride + d.to(tl.int64)[None, :] * d_stride
+    x = tl.load(x_ptr + at, (pixel < count)[:, None] & (d < channels)[None, :], 0.0).to(tl.float32)
+    tile = tl.cast(b, tl.int64) * tl.num_programs(0) + t
+    tl.store(tiles_ptr + (tile * D + d[None, :]) * _TILE + tl.arange(0, _TILE)[:, None], x)
+
+
+@triton.jit
+def _squares(x_ptr, y_ptr, i, j, D: tl.constexpr):
+    """Squared distances [J, I] of the pixels i of the tile at x_ptr and j of that at y_ptr."""
+    total = tl.zeros([j.shape[0], i.shape[0]], tl.float32)
+    for d in tl.range(0, D, loop_unroll_factor=min(D, 8)):
+        away = tl.load(x_ptr + d * _TILE + i)[None, :] - tl.load(y_ptr + d * _TILE + j)[:, None]
+        total += away * away
     return total
 
 
 @triton.jit
-def _forward_kernel(f_ptr, ids_ptr, counts_ptr, out_ptr, P, D, margin, BI: tl.constexpr, BJ: tl.constexpr):
-    """Over one block of pixels and all others of its scene: the four sums of `_torch_sums`."""
-    scene = tl.program_id(1).to(tl.int64)
-    f_ptr += scene * P * D
-    ids_ptr += scene * P
-    count = tl.load(counts_ptr + scene)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
-    mine = tl.load(ids_ptr + i, i < count, 0)
-    pull = tl.zeros([BI], tl.float32)
-    push = tl.zeros([BI], tl.float32)
-    pulls = tl.zeros([BI], tl.float32)  # a program has at most BI * P pairs: whole numbers below 2**24 a pixel
-    pushes = tl.zeros([BI], tl.float32)
-    for start in range(0, count, BJ):
-        j = start + tl.arange(0, BJ)
-        theirs = tl.load(ids_ptr + j, j < count, 0)
-        distance = tl.sqrt_rn(_squares(f_ptr, i, j, count, P, D, BI, BJ))
-        pair = (i < count)[:, None] & (j < count)[None, :] & (i[:, None] != j[None, :])
-        same = mine[:, None] == theirs[None, :]
-        pull += tl.sum(tl.where(pair & same, distance, 0.0), 1)
-        push += tl.sum(tl.where(pair & (mine[:, None] != theirs[None, :]), tl.maximum(margin - distance, 0.0), 0.0), 1)
-        pulls += tl.sum(tl.where(pair & same, 1.0, 0.0), 1)
-        pushes += tl.sum(tl.where(pair & (mine[:, None] != theirs[None, :]), 1.0, 0.0), 1)
-    out_ptr += (scene * tl.num_programs(0) + tl.program_id(0)) * 4
-    tl.store(out_ptr, tl.sum(pull, 0))
-    tl.store(out_ptr + 1, tl.sum(push, 0))
-    tl.store(out_ptr + 2, tl.sum(pulls, 0))
-    tl.store(out_ptr + 3, tl.sum(pushes, 0))
+def _sums_kernel(
+    tiles_ptr, ids_ptr, counts_ptr, sums_ptr, P, tiles, margin,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program takes ROWS pixels i against one tile of pixels j; tiles after its own count for both orders."""
+    block, t, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count, right = _count(counts_ptr, b, P)
+    step = tl.cast(D * _TILE, tl.int64)  # from tile to tile
+    tiles_ptr += b * (tiles * step)
+    ids_ptr += tl.cast(b, tl.int64) * P
+    first = block * ROWS
+    own = first // _TILE
+    i = tl.max_contiguous(tl.arange(0, ROWS), 1)  # lanes take every 32nd pixel, not neighbours: the layout of the sums
+    j = tl.arange(0, COLUMNS)
+    live = first + i < count
+    live_i = tl.minimum(tl.maximum(count - first, 0), ROWS)
+    live_j = tl.where(t < own, 0, tl.minimum(tl.maximum(count - t * _TILE, 0), _TILE))
+    x_ptr = tiles_ptr + own * step + first % _TILE
+    y_ptr = tiles_ptr + t * step
+    id_i = tl.load(ids_ptr + first + i, live, 0)
+    pull = tl.zeros([ROWS], tl.float32)
+    push = tl.zeros([ROWS], tl.float32)
+    ones = tl.zeros([ROWS], tl.int32)
+    for start in range(0, live_j, COLUMNS):
+        inside = start + j < live_j
+        square = _squares(x_ptr, y_ptr + start, i, j, D)
+        square = tl.where(inside[:, None], square, float("inf"))  # nothing is pushed
+        equal = (tl.load(ids_ptr + t * _TILE + start + j, inside, 0)[:, None] == id_i[None, :]) & inside[:, None]
+        distance = tl.sqrt(square)
+        hinge = tl.where(square >= margin * margin, 0.0, margin - distance)
+        pull += tl.sum(tl.where(equal, distance, 0.0), 0)
+        push += tl.sum(tl.where(equal, 0.0, hinge), 0)
+        ones += tl.sum(equal.to(tl.int32), 0)
+    equal_pairs = tl.sum(tl.where(live, ones, 0))
+    other_pairs = live_i * live_j - equal_pairs
+    equal_pairs -= tl.where(t == own, live_i, 0)  # a pixel and itself
+    weight = tl.where(right, tl.where(t == own, 1.0, 2.0), float("nan"))
+    sums_ptr += ((tl.cast(b, tl.int64) * tl.num_programs(1) + t) * tl.num_programs(0) + block) * 4
+    tl.store(sums_ptr, weight * tl.sum(tl.where(live, pull, 0.0)))
+    tl.store(sums_ptr + 1, weight * tl.sum(tl.where(live, push, 0.0)))
+    tl.store(sums_ptr + 2, weight * equal_pairs)
+    tl.store(sums_ptr + 3, weight * other_pairs)
 
 
 @triton.jit
-def _backward_kernel(
-    f_ptr, ids_ptr, counts_ptr, per_pair_ptr, out_ptr, P, D, margin,
-    BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr,
+def _gradient_kernel(
+    tiles_ptr, ids_ptr, counts_ptr, grad_ptr, pairs_ptr, out_ptr,
+    P, channels, tiles, span, margin, pull_weight, push_weight,
+    D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of pixels, from differences: close pairs do not cancel as in a product of slopes and f."""
-    scene = tl.program_id(1).to(tl.int64)
-    f_ptr += scene * P * D
-    out_ptr += scene * P * D
-    ids_ptr += scene * P
-    count = tl.load(counts_ptr + scene)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
-    mine = tl.load(ids_ptr + i, i < count, 0)
-    equal = 2.0 * tl.load(per_pair_ptr)  # twice: a pair counts from either side
-    unequal = 2.0 * tl.load(per_pair_ptr + 1)
-    channel = tl.arange(0, BD)
-    gradient = tl.zeros([BI, BD], tl.float32)
-    for start in range(0, count, BJ):
-        j = start + tl.arange(0, BJ)
-        theirs = tl.load(ids_ptr + j, j < count, 0)
-        square = _squares(f_ptr, i, j, count, P, D, BI, BJ)
-        distance = tl.sqrt_rn(square)
-        live = (i < count)[:, None] & (j < count)[None, :] & (square > 0.0)
-        same = mine[:, None] == theirs[None, :]
-        slope = tl.where(same, equal, tl.where(distance < margin, unequal, 0.0))
-        slope = tl.where(live, slope, 0.0) / tl.where(square > 0.0, distance, 1.0)
-        for d in range(D):
-            a = tl.load(f_ptr + d * P + i, i < count, 0.0)
-            b = tl.load(f_ptr + d * P + j, j < count, 0.0)
-            column = tl.sum(slope * (a[:, None] - b[None, :]), 1)
-            gradient += tl.where(channel[None, :] == d, column[:, None], 0.0)
-    at = out_ptr + i[:, None] * D + channel[None, :]
-    tl.store(at, gradient, (i < P)[:, None] & (channel < D)[None, :])
+    """One program sums, over `span` tiles of pixels j, GROUP channels of the gradient of ROWS pixels i."""
+    block, split, b = tl.program_id(0), tl.program_id(1) // (D // GROUP), tl.program_id(2)
+    group = tl.program_id(1) % (D // GROUP) * GROUP
+    count, _ = _count(counts_ptr, b, P)
+    step = tl.cast(D * _TILE, tl.int64)  # from tile to tile
+    tiles_ptr += b * (tiles * step)
+    ids_ptr += tl.cast(b, tl.int64) * P
+    first = block * ROWS
+    i = tl.max_contiguous(tl.arange(0, ROWS), 1)  # as above
+    j = tl.arange(0, COLUMNS)
+    live = first + i < count
+    x_ptr = tiles_ptr + first // _TILE * step + first % _TILE
+    id_i = tl.load(ids_ptr + first + i, live, 0)
+    grad = tl.load(grad_ptr).to(tl.float32) * 2  # each pair counts twice
+    pull = grad * pull_weight / tl.load(pairs_ptr).to(tl.float32)
+    push = grad * push_weight / tl.load(pairs_ptr + 1).to(tl.float32)
+    channel = tl.arange(0, GROUP)
+    total = tl.zeros([GROUP, ROWS], tl.float32)
+    for t in range(split * span, tl.minimum((split + 1) * span, tl.cdiv(count, _TILE))):
+        live_j = tl.minimum(count - t * _TILE, _TILE)
+        for start in range(0, live_j, COLUMNS):
+            y_ptr = tiles_ptr + t * step + start
+            square = _squares(x_ptr, y_ptr, i, j, D)
+            inside = start + j < live_j
+            equal = tl.load(ids_ptr + t * _TILE + start + j, inside, 0)[:, None] == id_i[None, :]
+            slope = tl.where(equal, pull, tl.where(square >= margin * margin, 0.0, -push))
+            slope = tl.where(inside[:, None] & (square >= _LEAST), slope, 0.0)
+            slope *= tl.rsqrt(tl.maximum(square, _LEAST))
+            for d in tl.static_range(GROUP):
+                at = (group + d) * _TILE
+                part = tl.sum(slope * (tl.load(x_ptr + at + i)[None, :] - tl.load(y_ptr + at + j)[:, None]), 0)
+                total += tl.where(channel[:, None] == d, part[None, :], 0.0)  # one add: a register's channel is known
+                tl.debug_barrier()  # or the assembler begins with the loads of all channels, and spills
+    total = tl.where(live[None, :], total, 0.0)
+    at = ((split * tl.num_programs(2) + b) * tl.cast(P, tl.int64) + first + i[None, :]) * channels
+    at += group + channel[:, None]
+    tl.store(out_ptr + at, total, (first + i < P)[None, :] & (group + channel < channels)[:, None])
 
 
-def _triton_sums(embeddings: Tensor, ids: Tensor, counts: Tensor, margin: float) -> Tensor:  # float64 [4]
+def _tiles(embeddings: Tensor, counts: Tensor | None) -> tuple[Tensor, int]:  # float32 [B, tiles, D', 128], group
     batch, pixels, channels = embeddings.shape
-    launch = launch_for(LAUNCHES, embeddings.device)["forward"]
-    blocks = triton.cdiv(pixels, launch.mine)
-    parts = torch.empty(batch, blocks, 4, device=embeddings.device)
-    if batch:
-        with torch.cuda.device_of(embeddings):
-            _forward_kernel[blocks, batch](
-                embeddings.mT.contiguous(), ids.contiguous(), counts.contiguous(), parts, pixels, channels, margin,
-                BI=launch.mine, BJ=launch.others, num_warps=launch.warps,
-            )  # fmt: skip
-    return parts.double().sum((0, 1))
+    group = min(triton.next_power_of_2(channels), GROUP)
+    groups = triton.cdiv(channels, group)
+    tiles = embeddings.new_empty(batch, triton.cdiv(pixels, TILE), groups * group, TILE, dtype=torch.float32)
+    _tiles_kernel[(tiles.shape[1], groups, batch)](
+        embeddings, counts, tiles, pixels, channels, *embeddings.stride(), D=groups * group, GROUP=group, num_warps=4
+    )
+    return tiles, group
 
 
-def _triton_gradient(embeddings: Tensor, ids: Tensor, counts: Tensor, per_pair: Tensor, margin: float) -> Tensor:
+def _sums_in_triton(embeddings: Tensor, ids: Tensor, counts: Tensor | None, margin: float) -> Tensor:
+    launch = launch_for(LAUNCHES, embeddings.device)
+    batch, pixels, _ = embeddings.shape
+    with torch.cuda.device_of(embeddings):
+        tiles, _ = _tiles(embeddings, counts)
+        blocks = triton.cdiv(pixels, launch.rows)
+        sums = tiles.new_empty(batch, tiles.shape[1], blocks, 4)
+        _sums_kernel[(blocks, tiles.shape[1], batch)](
+            tiles, ids.contiguous(), counts, sums, pixels, tiles.shape[1], margin,
+            D=tiles.shape[2], ROWS=launch.rows, COLUMNS=launch.columns, num_warps=1,
+        )  # fmt: skip
+    return sums.sum((0, 1, 2), dtype=torch.float64)
+
+
+def _gradient_in_triton(grad, pairs, embeddings, ids, counts, margin, pull_weight, push_weight) -> Tensor:
+    launch = launch_for(LAUNCHES, embeddings.device)
     batch, pixels, channels = embeddings.shape
-    launch = launch_for(LAUNCHES, embeddings.device)["backward"]
-    gradient = torch.empty(batch, pixels, channels, device=embeddings.device)
-    if batch:
-        with torch.cuda.device_of(embeddings):
-            _backward_kernel[triton.cdiv(pixels, launch.mine), batch](
-                embeddings.mT.contiguous(), ids.contiguous(), counts.contiguous(), per_pair.float(), gradient,
-                pixels, channels, margin,
-                BI=launch.mine, BJ=launch.others, BD=triton.next_power_of_2(channels), num_warps=launch.warps,
-            )  # fmt: skip
-    return gradient
+    with torch.cuda.device_of(embeddings):
+        tiles, group = _tiles(embeddings, counts)
+        blocks, groups = triton.cdiv(pixels, launch.rows_backward), tiles.shape[2] // group
+        splits = min(triton.cdiv(launch.programs, blocks * groups * batch), tiles.shape[1])
+        span = triton.cdiv(tiles.shape[1], splits)
+        splits = triton.cdiv(tiles.shape[1], span)
+        parts = tiles.new_empty(splits, batch, pixels, channels)
+        _gradient_kernel[(blocks, splits * groups, batch)](
+            tiles, ids.contiguous(), counts, grad, pairs, parts, pixels, channels, tiles.shape[1], span,
+            margin, pull_weight, push_weight,
+            D=tiles.shape[2], GROUP=group, ROWS=launch.rows_backward, COLUMNS=launch.columns, num_warps=1,
+        )  # fmt: skip
+    return (parts[0] if splits == 1 else parts.sum(0)).to(embeddings.dtype)

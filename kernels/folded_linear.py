@@ -51,20 +51,39 @@ class Launch:
 
 
 # By compute capability. Chosen ahead, from sizes and instruction sets; compiled for each, not yet measured.
-# 128 x 128 is the largest tile that holds its sums, GELU and norms in registers; one step of 64 bfloat16 is a row of
-# 128 bytes. While one tile holds all columns, x is read once and nothing else is large: such products wait for memory.
-# With more columns they wait for the tensor cores, which cuBLAS feeds better, and the epilogue's pass over [M, N] is
-# small beside x. A gradient has few tiles and a long sum: up to 2 tiles of columns Triton splits it.
-# float32 is multiplied by the plain units, in IEEE precision: TF32 would drop 13 of its 24 bits unasked. Its tiles are
-# small, for every sum there is an instruction of its own.
+# 128 x 128 is the largest tile that holds its sums, GELU and norms in registers. While one tile holds all columns, x is
+# read once, nothing else is large, and memory is what such a product waits for. With more columns it waits for the
+# tensor cores, which cuBLAS feeds better, and the epilogue's pass over [M, N] is small beside x. A gradient has few
+# tiles and a long sum, which Triton splits into enough programs, two per multiprocessor; above two tiles of columns
+# cuBLAS finds enough by itself. float32 is multiplied by the plain units, in IEEE precision: TF32 would drop 13 of its
+# 24 bits unasked. Its tiles are small because every product of two numbers is an instruction of a thread there.
 _FLOAT32 = Tile(64, 64, 32, 8, 3)
+_COLUMNS = {"cublas": 129, "cublas_backward": 257}
 LAUNCHES = {
     # mma.sync; 4 stages of 16 KiB fit the 99 KiB of the consumer parts, also with the scratch for a tile's transpose
-    80: Launch(Tile(128, 128, 32, 8, 4), _FLOAT32, Tile(128, 128, 32, 8, 4), _FLOAT32, 129, 257, 216, False),
-    # wgmma, 64 rows per 4 warps; 4 stages of 32 KiB, of 227
-    90: Launch(Tile(128, 128, 64, 8, 4), _FLOAT32, Tile(128, 128, 64, 8, 4), _FLOAT32, 129, 257, 264, True),
-    # tcgen05, which holds the sums in tensor memory
-    100: Launch(Tile(128, 128, 64, 8, 4), _FLOAT32, Tile(128, 128, 64, 8, 4), _FLOAT32, 129, 257, 296, True),
+    80: Launch(
+        *(Tile(128, 128, 32, 8, 4), _FLOAT32),
+        *(Tile(128, 128, 32, 8, 4), _FLOAT32),
+        **_COLUMNS,
+        programs=216,
+        e4m3=False,
+    ),
+    # wgmma, 64 rows per 4 warps; steps of 64 are rows of 128 bytes; 4 stages of 32 KiB, of 227
+    90: Launch(
+        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
+        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
+        **_COLUMNS,
+        programs=264,
+        e4m3=True,
+    ),
+    # tcgen05, whose sums lie in tensor memory
+    100: Launch(
+        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
+        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
+        **_COLUMNS,
+        programs=296,
+        e4m3=True,
+    ),
 }
 
 

@@ -3,10 +3,10 @@
 Each noise step's output is read once. The torch definitions are the specification; on CUDA the Triton kernel runs.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -217,7 +217,7 @@ class Launch:
 # another token to ask for while one is being reduced.
 # - 32 channels per thread: 8 warps at C=5120, which for a 2x2 bin in bfloat16 ask for all its 40 KB at once.
 # - 320 bytes: 5 tokens in bfloat16, so a row of 52 -> 14 in one go, 2 in float32. With 384, some kernels spill.
-# - 128 registers: none spills, two programs fit an SM at C=5120. Without a limit ptxas takes 80 and spills, or 244.
+# - 128 registers: two programs fit an SM at C=5120. Without a limit ptxas holds some kernels to 80, and they spill.
 # Registers and spills are of kernels compiled ahead with Triton 3.7. No time is known yet, so the rows differ only in
 # what the devices can do.
 LAUNCHES = {
@@ -305,11 +305,11 @@ def _launch(
         )  # fmt: skip
 
 
-@functools.lru_cache
+@lru_cache
 def _on_device(rows: tuple[int, ...], weights: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept, because every layer of every clip asks for the same."""
-    as_tensor = functools.partial(torch.tensor, device=device)
-    return as_tensor(rows, dtype=torch.int32), as_tensor(weights, dtype=torch.float32)
+    weights_k = torch.tensor(weights, dtype=torch.float32, device=device)
+    return torch.tensor(rows, dtype=torch.int32, device=device), weights_k
 
 
 def _longest_bin(length: int, bins: int) -> int:
@@ -327,7 +327,7 @@ def _add_bin(
     r, b = (token // (w * h)) % R, token // (w * h * R)
     top, bottom = (i * H) // h, ((i + 1) * H + h - 1) // h
     left, right = (j * W) // w, ((j + 1) * W + w - 1) // w
-    share = 1.0 / ((bottom - top) * (right - left)).to(tl.float32)
+    share = tl.div_rn(1.0, ((bottom - top) * (right - left)).to(tl.float32))
     row = tl.load(rows_ptr + r)
     inside = column < C
     column = column.to(tl.int64) * c_stride

@@ -115,10 +115,12 @@ CASES = {
     "one number": ((1, 1, 1, 1, 1), (0,), (1, 1)),
     "primes, rows not in order": ((2, 3, 3, 5, 7), (2, 0), (2, 1)),
     "bins like those of 45 -> 22": ((1, 2, 6, 9, 129), (1,), (3, 4)),
-    "bins like those of 52 -> 14": ((1, 1, 7, 13, 40), (0,), (3, 3)),
+    "bins like those of 52 -> 14": ((1, 1, 5, 14, 40), (0,), (3, 3)),
     "one bin": ((2, 1, 5, 17, 3), (0,), (1, 1)),
     "no pooling": ((1, 3, 1, 3, 256), (0, 2), None),
     "exact bins": ((1, 2, 4, 6, 33), (0, 1), (2, 3)),
+    "small bins of two heights": ((1, 1, 5, 2, 24), (0,), (3, 2)),
+    "small bins of two widths": ((1, 1, 2, 5, 24), (0,), (2, 3)),
 }
 
 
@@ -302,6 +304,10 @@ def test_quantised_values_are_the_nearest_ties_to_even(sm, impl, monkeypatch):
         done = pool_features(x.view(1, 1, 1, 1, -1).to(DEVICE), (0,), None, dtype=dtype, impl=impl)
         assert done.scale.item() == 1.0
         assert torch.equal(done.data.flatten().cpu().float(), expected.float())
+    x = torch.full((1, 1, 1, 1, 4096), 1.4 * 2.0**-9)  # to 2**-9, the smallest: most of the mean
+    x[..., 0] = 448
+    done = pool_features(x.to(DEVICE), (0,), None, dtype=torch.float8_e4m3fn, impl=impl)
+    check(done, x.double(), torch.zeros_like(x), torch.float8_e4m3fn)
 
 
 @both
