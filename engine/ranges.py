@@ -121,10 +121,10 @@ class LocalFile:
 
     def _cached(self, offsets: list[int]) -> bool:
         """Whether the page cache has the pages at all of these offsets."""
-        found = ctypes.c_ubyte()
-        with mmap.mmap(self._fd, 0, prot=mmap.PROT_READ) as mapped:
-            if max(offsets) >= len(mapped):
-                return True  # the file has become shorter, and reading will say so
+        size, found = os.fstat(self._fd).st_size, ctypes.c_ubyte()
+        if max(offsets) >= size:
+            return True  # the file has become shorter, and reading will say so
+        with mmap.mmap(self._fd, size, prot=mmap.PROT_READ) as mapped:
             view = np.frombuffer(mapped, np.uint8)
             base = view.ctypes.data
             del view  # it keeps the mapping open

@@ -183,7 +183,7 @@ def _upstream(dy, x, scale, mean, rstd, z, launch, gelu, normalize) -> tuple[Ten
 def _summed_products(s: Tensor, x: Sequence[Tensor], launch: Launch) -> Tensor:  # [T, N] -> float32 [G, N, C]
     """S^T x of every tensor, always summed in the same order."""
     n, channels = s.shape[1], x[0].shape[1]
-    tile = launch.backward_float32 if x[0].dtype == torch.float32 else launch.backward
+    tile = launch.float32 if x[0].dtype == torch.float32 else launch.tile
     block_n = min(max(triton.next_power_of_2(n), 16), tile.columns)
     tiles, rows = triton.cdiv(n, block_n) * triton.cdiv(channels, tile.rows), max(map(len, x))
     steps = triton.cdiv(rows, tile.depth)

@@ -162,7 +162,7 @@ def forward(
             product = matmul(one, folded[g].T, dtype)
             _epilogue(product, sums[g], shift[g], mean[rows], rstd[rows], y[rows], z[rows], **after)
         return y, *made, z
-    tile = launch.forward_float32 if x[0].dtype == torch.float32 else launch.forward
+    tile = launch.float32 if x[0].dtype == torch.float32 else launch.tile
     apart = normalize and triton.next_power_of_2(width) > tile.columns  # no tile holds a head's columns
     columns = columns_of(heads, width, normalize and not apart, tile.columns)
     known = made if mean is None else (mean, rstd)

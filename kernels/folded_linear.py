@@ -27,7 +27,7 @@ QUANTISED = (torch.int8, torch.float8_e4m3fn)  # both exact in bfloat16, in whic
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share of a product."""
+    """One program's share of a product: of [M, N] summed over C, or of a gradient's [C, N] summed over M."""
 
     rows: int
     columns: int  # at most; fewer where there are fewer columns
@@ -40,10 +40,8 @@ class Tile:
 class Launch:
     """How a device multiplies."""
 
-    forward: Tile  # of [M, N], summed over C
-    forward_float32: Tile
-    backward: Tile  # of [C, N], summed over M
-    backward_float32: Tile
+    tile: Tile
+    float32: Tile  # where features are float32
     cublas: int  # columns from which on 16-bit features with stored statistics go through cuBLAS and a fused epilogue
     cublas_backward: int  # columns from which on the gradient of 16-bit features does
     programs: int  # that fill the device; a gradient with fewer tiles is split over M into as many
@@ -57,33 +55,14 @@ class Launch:
 # tiles and a long sum, which Triton splits into enough programs, two per multiprocessor; above two tiles of columns
 # cuBLAS finds enough by itself. float32 is multiplied by the plain units, in IEEE precision: TF32 would drop 13 of its
 # 24 bits unasked. Its tiles are small because every product of two numbers is an instruction of a thread there.
-_FLOAT32 = Tile(64, 64, 32, 8, 3)
-_COLUMNS = {"cublas": 129, "cublas_backward": 257}
+_PLAIN = Tile(64, 64, 32, 8, 3)
 LAUNCHES = {
     # mma.sync; 4 stages of 16 KiB fit the 99 KiB of the consumer parts, also with the scratch for a tile's transpose
-    80: Launch(
-        *(Tile(128, 128, 32, 8, 4), _FLOAT32),
-        *(Tile(128, 128, 32, 8, 4), _FLOAT32),
-        **_COLUMNS,
-        programs=216,
-        e4m3=False,
-    ),
+    80: Launch(Tile(128, 128, 32, 8, 4), _PLAIN, cublas=129, cublas_backward=257, programs=216, e4m3=False),
     # wgmma, 64 rows per 4 warps; steps of 64 are rows of 128 bytes; 4 stages of 32 KiB, of 227
-    90: Launch(
-        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
-        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
-        **_COLUMNS,
-        programs=264,
-        e4m3=True,
-    ),
+    90: Launch(Tile(128, 128, 64, 8, 4), _PLAIN, cublas=129, cublas_backward=257, programs=264, e4m3=True),
     # tcgen05, whose sums lie in tensor memory
-    100: Launch(
-        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
-        *(Tile(128, 128, 64, 8, 4), _FLOAT32),
-        **_COLUMNS,
-        programs=296,
-        e4m3=True,
-    ),
+    100: Launch(Tile(128, 128, 64, 8, 4), _PLAIN, cublas=129, cublas_backward=257, programs=296, e4m3=True),
 }
 
 

@@ -38,13 +38,14 @@ def probe_input(
     out_dtype: torch.dtype | None = None,  # None: autocast's where it is on, else the weight's, as of nn.Linear
     impl: Impl = "auto",
 ) -> Tensor:  # [..., D]
-    """`definition` of the values, reading the features once; no copy of them, dequantised or normalised, is made.
+    """`definition`'s value, by one product that reads the features once and makes no normalised copy of them.
 
-    Differentiable in weight, bias, gamma and beta, by one product; not twice in Triton. The dtype of `x` decides the
-    precision, autocast does not. In Triton features are multiplied as they are, by weights rounded to bfloat16
-    (float16 for float16 features, which |gamma W| must suit), and float32 ones in IEEE float32, never TF32; sums are
-    float32. In torch weights are not rounded, and products are float32 (float64, if x or the weight is).
-    Tokens that do not lie at one stride, with channels at stride 1, are copied first.
+    Differentiable in weight, bias, gamma and beta, by one product more. What is multiplied is decided by the dtype of
+    `x`, not by autocast. In Triton, features as they are stored: 16-bit ones with weights rounded to their dtype (which
+    |gamma W| must suit in float16), quantised ones with weights rounded to bfloat16, and float32 ones in IEEE float32,
+    never TF32; sums are float32; there is no second derivative. In torch, features converted once to float32 (float64
+    if x or the weight is), with weights as they are. Tokens are copied first, unless they lie at one stride with
+    channels at stride 1.
 
     Raises ValueError for an x, scale, mean or rstd that wants a gradient, shapes, dtypes and devices that do not fit,
     quantised features without a scale, a mean without rstd, and for an impl that cannot run.
@@ -118,6 +119,8 @@ def _project(
             raise ValueError(f"{name} must be {wanted}, got {given.dtype} on {given.device}")
     for features in zip(xs, scales, means, rstds, strict=True):
         _check_features(*features, xs[0].dtype, (*floats, *QUANTISED), weight)
+    if out_dtype is not None and out_dtype not in floats:
+        raise ValueError(f"out_dtype must be one of {', '.join(map(str, floats))}, got {out_dtype}")
     if out_dtype is None:
         out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     how = (eps, activation == "gelu", normalize, out_dtype)
@@ -184,7 +187,7 @@ def _in_torch(
 ) -> Tensor:  # [..., C], [H, D, C], [H, D], [H, C], [H, C], [...], [...], [...] -> [M, H, D]
     """`folded_linear`'s form in plain torch: one product for all heads, and the rest on [M, H * D].
 
-    Against LayerNorm and Linear it saves the passes over [M, C], and the normalised copy that autograd would keep.
+    Against LayerNorm and Linear it saves passes over [M, C]; autograd keeps the features in float32, and no other copy.
     What is differentiated is torch's own, so vmap, double gradients and compiled graphs work as anywhere.
     """
     dtype = torch.promote_types(weight.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32)

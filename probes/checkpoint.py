@@ -37,11 +37,7 @@ def load_run(path: Path, trainees: Sequence[Trainee], about: dict[str, Any]) -> 
     Raises ValueError for a damaged file, and for a checkpoint of another run, naming what differs.
     """
     tensors, header = load(path)
-    there = header["about"]
-    changed = [
-        f"{k}: {there.get(k)} there, {v} asked" for k, v in json.loads(json.dumps(about)).items() if there.get(k) != v
-    ]
-    if changed:
+    if changed := _differences(header["about"], json.loads(json.dumps(about))):
         raise ValueError(f"{path} is of another run; choose another folder\n  " + "\n  ".join(changed))
     for i, (trainee, state) in enumerate(zip(trainees, header["probes"], strict=True)):
         for name in STATE:
@@ -57,6 +53,28 @@ def load_run(path: Path, trainees: Sequence[Trainee], about: dict[str, Any]) -> 
             moments.setdefault(int(number), {})[kind] = x
         trainee.optimizer.load_state_dict({**trainee.optimizer.state_dict(), "state": moments})
     return header["progress"]
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """A line for each entry that differs; of the probes' settings those of the first probe that differs."""
+    if there["task"] != asked["task"]:
+        return [f"task: {there['task']} there, {asked['task']} asked"]  # of which all the rest follows
+    lines = []
+    for name in (name for name in asked if there.get(name) != asked[name]):
+        old, new = there.get(name), asked[name]
+        if name == "probes" and len(old) != len(new):
+            old, new = len(old), len(new)
+        elif name == "probes":
+            number = next(i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+            flat = [{k: v for k, v in x[number].items() if k != "options"} | x[number]["options"] for x in (old, new)]
+            differing = [k for k in flat[1] if flat[0].get(k) != flat[1][k]]
+            old, new = (", ".join(f"{k}={x.get(k)}" for k in differing) for x in flat)
+        lines.append(f"{name}: {_short(old)} there, {_short(new)} asked")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) <= 100 else text[:100] + " ..."
 
 
 def save_probe(path: Path, trainee: Trainee, about: dict[str, Any]) -> None:
@@ -91,7 +109,7 @@ def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None
     on_cpu = {name: x.detach().cpu() for name, x in tensors.items()}
     with room_for(path, sum(x.nbytes for x in on_cpu.values())):
         try:
-            write_file(temp, on_cpu, json.loads(json.dumps(header)))
+            write_file(temp, on_cpu, {"header": json.dumps(header)})  # as text, which may say NaN
             publish(temp, path)
         finally:
             temp.unlink(missing_ok=True)
@@ -104,6 +122,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not is_whole(path):
         raise ValueError(f"{path} is damaged")
     with path.open("rb") as file:
-        header = read_header(file).provenance
+        header = read_header(file).provenance.get("header")
+    if header is None:
+        raise ValueError(f"{path} holds no probes")
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, header
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,12 @@ def add_probe_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 def probe(args: argparse.Namespace) -> int:
     import torch
 
+    from spatialprobe.engine.remote import open_source
     from spatialprobe.probes.labels import open_labels
     from spatialprobe.probes.loop import TASKS, train
     from spatialprobe.probes.pictures import draw_run
     from spatialprobe.probes.results import table
+    from spatialprobe.probes.training import Diverged
 
     device = args.device
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # under torchrun or accelerate launch
@@ -55,47 +57,53 @@ def probe(args: argparse.Namespace) -> int:
         device = PartialState().device
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     labels = open_labels(args.labels, **({} if args.classes is None else {"classes": args.classes}))
-    sources = [open_features(path) for path in args.features]
+    sources = [open_source(path) for path in args.features]
+    settings = {name: _value(value) for name, value in _pairs(args.set).items()}
+    TASKS[args.task].defaults.with_settings(**settings)  # else a name such as `out` would be an argument of `train`
     shown = Bar() if first else lambda state: None
-    results = train(
-        TASKS[args.task],
-        sources,
-        labels,
-        grid={name: [_value(v) for v in values.split(",")] for name, values in map(_pair, args.grid)},
-        val=args.val,
-        out=args.out,
-        device=device,
-        threads=args.threads,
-        keep_bytes=int(args.keep * 1e9),
-        compiled=args.compile,
-        on_error="skip" if args.skip_unreadable else "raise",
-        progress=shown,
-        **{name: _value(value) for name, value in map(_pair, args.set)},
-    )
+    try:
+        results = train(
+            TASKS[args.task],
+            sources,
+            labels,
+            grid={name: [_value(v) for v in values.split(",")] for name, values in _pairs(args.grid).items()},
+            val=args.val,
+            out=args.out,
+            device=device,
+            threads=args.threads,
+            keep_bytes=int(args.keep * 1e9),
+            compiled=args.compile,
+            on_error="skip" if args.skip_unreadable else "raise",
+            progress=shown,
+            **settings,
+        )
+    except Diverged as error:
+        print(f"engine: stopped: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if first:
+            shown.close()
+    skipped = results[0].skipped
     if first:
-        shown.close()
         print(table(results))
         drawn = draw_run(Path(args.out), results, sources, labels)
         print(f"{args.out}: results.json, {', '.join(path.name for path in drawn)}")
-    return 1 if any(result.stopped.startswith("the loss") for result in results) else 0
+        for clip_id, why in skipped.items():
+            print(f"skipped {clip_id}: {why}", file=sys.stderr)
+    return 1 if skipped or any(result.stopped.startswith("the loss") for result in results) else 0
 
 
-def open_features(path: str):
-    """A store's folder, or a remote store by its URL."""
-    from spatialprobe.engine.store import FeatureStore
-
-    if "://" in path:
-        from spatialprobe.engine.remote import RemoteStore
-
-        return RemoteStore(path)
-    return FeatureStore.open(path)
-
-
-def _pair(word: str) -> tuple[str, str]:
-    name, equals, value = word.partition("=")
-    if not equals or not name:
-        raise ValueError(f"wanted NAME=VALUE, got {word!r}")
-    return name, value
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    """{name: value} of NAME=VALUE words. Raises ValueError for other words, and for a name given twice."""
+    pairs = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"wanted NAME=VALUE, got {word!r}")
+        if name in pairs:
+            raise ValueError(f"{name} is given twice: {pairs[name]} and {value}")
+        pairs[name] = value
+    return pairs
 
 
 def _value(text: str) -> Any:

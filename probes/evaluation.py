@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from spatialprobe.probes.batches import Batch
-from spatialprobe.probes.training import Trainee, autocast, features_of, project, task_loss
+from spatialprobe.probes.training import Trainee, autocast, features_of, project, targets_of, task_loss
 
 
 @torch.no_grad()
@@ -28,13 +28,13 @@ def evaluate_all(
         device = batch.frames.device
         with autocast(device):
             projected = project([t.probe for t in trainees], features_of(batch, trainees))
-        for i, (trainee, x) in enumerate(zip(trainees, projected, strict=True)):
+        of_each = zip(trainees, projected, targets_of(batch, trainees), strict=True)
+        for i, (trainee, x, targets) in enumerate(of_each):
             with autocast(device):
                 outputs = {name: y.float() for name, y in trainee.probe.read(x).items()}
             generator = torch.Generator(device).manual_seed(number)  # every evaluation samples alike
-            totals[i] += float(task_loss(trainee.probe, outputs, batch.labels, generator)["loss"]) * len(batch.ids)
+            totals[i] += float(task_loss(trainee.probe, outputs, targets, generator)["loss"]) * len(batch.ids)
             if scores[i] is not None:
-                targets = trainee.probe.task.targets(batch.labels, trainee.config, trainee.probe.facts)
                 scores[i].update(outputs, targets)
         clips += len(batch.ids)
         progress(1)

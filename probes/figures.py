@@ -186,8 +186,8 @@ def id_colours(ids: np.ndarray) -> np.ndarray:  # int [...] -> uint8 [..., 3] RG
 
 
 def _id_colour(i: int) -> tuple[float, float, float]:
-    """Hues by the golden ratio, which never come close soon; saturated, pale and dark in turn."""
-    saturation, value = ((0.85, 0.85), (0.5, 0.95), (0.7, 0.6))[i % 3]
+    """Hues by the golden ratio, so that equal ones are far apart; saturated, pale, dark and dull in turn."""
+    saturation, value = ((0.85, 0.85), (0.45, 0.95), (0.8, 0.5), (0.5, 0.7))[i % 4]
     return colorsys.hsv_to_rgb(i * GOLDEN % 1, saturation, value)
 
 

@@ -48,6 +48,6 @@ def fuse(parts: Sequence[Stored], how: Fuse) -> Stored:
 def _aligned(part: Stored, grid: tuple[int, int], how: Fuse) -> Tensor:  # float32 [B, S, h, w, C]
     x, mean, rstd = part.values, part.mean, part.rstd
     if x.shape[2:4] != grid:
-        x = pool_features(x, tuple(range(x.shape[1])), grid)
-        mean, rstd = token_stats(x)
+        pooled = pool_features(x, tuple(range(x.shape[1])), grid, dtype=torch.float32)
+        x, mean, rstd = pooled.data, pooled.mean, pooled.rstd
     return (x - mean[..., None]) * rstd[..., None] if how == "norm" else x

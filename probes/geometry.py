@@ -31,10 +31,13 @@ def rebase(
 ) -> tuple[Tensor, Tensor]:
     """The same cameras and points in the first view's camera coordinates: its extrinsic becomes [I | 0]."""
     wide = extrinsic.double()
-    back = inverse(wide[:, :1])
-    centred = points - back[:, :, None, None, :, 3].to(points.dtype)  # first, so that far worlds lose fewer digits
-    turn = extrinsic[:, 0, :, :3].to(points.dtype)
-    return compose(wide, back).to(extrinsic.dtype), torch.einsum("bij,bshwj->bshwi", turn, centred)
+    turn, move = wide[:, :1, :, :3], wide[:, :1, :, 3:]
+    back = torch.linalg.inv(turn)  # the transpose of a float32 rotation is off by 1e-7, times a far world's distance
+    centre = -back @ move
+    rebased = torch.cat([wide[..., :3] @ back, wide[..., :3] @ centre + wide[..., 3:]], -1)
+    centred = points - centre[:, :, None, None, :, 0].to(points.dtype)
+    moved = torch.einsum("bij,bshwj->bshwi", turn[:, 0].to(points.dtype), centred)
+    return rebased.to(extrinsic.dtype), moved
 
 
 def quaternion(rotation: Tensor) -> Tensor:  # [..., 3, 3] -> [..., 4]

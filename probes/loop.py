@@ -5,6 +5,7 @@ What a probe learns is its task's; how one step goes is `training.py`'s.
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from spatialprobe.probes.task import SHARED, ProbeConfig, ProbeTask
 from spatialprobe.probes.tasks.geometry import GEOMETRY
 from spatialprobe.probes.tasks.instance import INSTANCE
 from spatialprobe.probes.tasks.tagging import TAGGING
-from spatialprobe.probes.training import Diverged, Trainee, train_step
+from spatialprobe.probes.training import Diverged, Trainee, of_all_processes, processes, train_step
 
 TASKS = {task.name: task for task in (TAGGING, INSTANCE, GEOMETRY)}
 SAVE_EVERY = 300.0  # seconds between checkpoints inside an epoch
@@ -67,16 +68,17 @@ def train(
     All probes read the same batches, so batch, views, epochs and what else shapes the pass cannot be in the grid; each
     ends with the weights that it would have alone, up to float noise of the joint product. `layer` and `step` choose
     among what a store holds. Several stores are joined on channels (`fuse`). Under torchrun or accelerate launch every
-    process takes its share of each batch; the first one validates and writes.
+    process takes `batch` clips of each step and validates its share of the probes; the first one writes.
 
     With `out`, a run that was killed goes on from its last checkpoint and ends with the same numbers. Raises ValueError
-    for settings and data that do not fit, and Diverged if the loss of every probe stopped being finite; a probe of
-    several whose loss does is stopped, and its result says so.
+    for settings and data that do not fit, also if a probe's score was NaN in every epoch (no class of AP_head is in the
+    validation clips), and Diverged if the loss of every probe stopped being finite; a probe of several whose loss does
+    is stopped, and its result says so.
     """
     sources = list(sources) if isinstance(sources, Sequence) else [sources]
     configs = grid_configs(task, grid or {}, settings)
     shared, device = configs[0], _device(device)
-    rank, world = _rank()
+    rank, world = processes()
     train_ids, val_ids = split(sources, labels, val, shared.data_seed, on_error)
     keys = [feature_keys(sources, config) for config in configs]
     common = {
@@ -102,7 +104,7 @@ def train(
     trainees = []
     for config, of_probe in zip(configs, keys, strict=True):
         chosen = facts[json.dumps(config.options, sort_keys=True, default=str)]
-        probe = Probe(task, config, channels(sources, of_probe, loader.ids[0]), chosen).to(device)
+        probe = Probe(task, config, channels(sources, of_probe, loader.ids, on_error), chosen).to(device)
         if compiled:
             probe.backbone.compile()
             probe.head.compile()
@@ -113,6 +115,7 @@ def train(
         "sources": [source.spec_hash for source in sources],
         "train_clips": len(loader.ids),
         "val_ids": val_ids,
+        "classes": _classes(task, labels),
         "world_size": world,
     }
     folder = None if out is None else Path(out)
@@ -139,13 +142,18 @@ def evaluate(
 ) -> dict[str, float]:
     """A trained probe's loss and metrics on clips. `probe` is a file that `train` wrote.
 
-    Raises ValueError for a damaged file and for stores of other features than it was trained on.
+    Raises ValueError for a damaged file, for stores of other features than it was trained on, and for labels of other
+    classes.
     """
     sources, device = list(sources) if isinstance(sources, Sequence) else [sources], _device(device)
     probe, header = load_probe(Path(probe), TASKS)
     there = [source.spec_hash for source in sources]
     if there != header["about"]["sources"]:
         raise ValueError(f"the probe was trained on features {header['about']['sources']}, got those of {there}")
+    if (classes := _classes(probe.task, labels)) != header["about"]["classes"]:
+        known = header["about"]["classes"]
+        wanted, got = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, classes))
+        raise ValueError(f"the probe was trained on {wanted}, labels in {labels.root} have {got} or another order")
     config, keys = probe.config, probe_keys(header)
     loader = FeatureLoader(
         sources, labels, ids=header["about"]["val_ids"] if ids is None else ids, train=False, wanted=probe.task.labels,
@@ -170,14 +178,14 @@ class Run:
         steps = len(self.loader)
         saved = time.monotonic()
         while self.epoch < count and any(not t.stopped for t in self.trainees):
-            begin = self.loader.state_dict()["batch"] if self.loader.state_dict()["epoch"] == self.epoch else 0
-            for i, batch in enumerate(self.loader, start=begin):
-                train_step(self.trainees, batch, self.epoch * steps + i, steps)
+            for batch in self.loader:
+                number = self.loader.state_dict()["batch"]  # from 1; batches of which no clip could be read count too
+                train_step(self.trainees, batch, self.epoch * steps + number - 1, steps)
                 losses = [t.loss_sum / max(t.clips, 1) for t in self.trainees]
-                self.progress(TrainProgress(self.epoch, count, i + 1, steps, losses))
+                self.progress(TrainProgress(self.epoch, count, number, steps, losses))
                 if all(t.stopped for t in self.trainees):
                     return
-                if time.monotonic() - saved > self.save_every and i + 1 < steps:
+                if time.monotonic() - saved > self.save_every and number < steps:
                     self.save()
                     saved = time.monotonic()
             self.validate()
@@ -189,17 +197,25 @@ class Run:
         """Ends an epoch: scores of the probes in training, their best weights, and which have trained long enough."""
         active = [t for t in self.trainees if not t.stopped]
         by_loss = self.task.score in ("loss", "last")
-        for trainee, found in zip(active, evaluate_all(active, self.val_loader, metrics=not by_loss), strict=True):
+        for trainee, found in zip(active, self._measured(active, metrics=not by_loss), strict=True):
             row = {"train_loss": trainee.loss_sum / max(trainee.clips, 1), "val_loss": found.pop("loss")} | found
             trainee.curve.append(row)
             trainee.loss_sum, trainee.clips = 0.0, 0
             score = -row["val_loss"] if by_loss else row[self.task.score] * (1 if self.task.higher_is_better else -1)
-            if self.task.score == "last" or trainee.best_score is None or score > trainee.best_score:
+            better = not math.isnan(score) and (trainee.best_score is None or score > trainee.best_score)
+            if self.task.score == "last" or better:
                 trainee.best_score, trainee.best_epoch = score, self.epoch
                 trainee.best = {n: x.detach().cpu().clone() for n, x in trainee.probe.state_dict().items()}
-            patience = trainee.config.patience
-            if patience is not None and self.epoch - trainee.best_epoch >= patience:
+            patience, last_best = trainee.config.patience, -1 if trainee.best_epoch is None else trainee.best_epoch
+            if patience is not None and self.epoch - last_best >= patience:
                 trainee.stopped = f"no better score in {patience} epochs"
+
+    def _measured(self, trainees: Sequence[Trainee], *, metrics: bool = True) -> list[dict[str, float]]:
+        """What `evaluate_all` says of each probe; with several processes, each measures some of them."""
+        rank, world = processes()
+        mine = trainees[rank::world]
+        shares = of_all_processes(evaluate_all(mine, self.val_loader, metrics=metrics) if mine else [])
+        return [shares[i % world][i // world] for i in range(len(trainees))]
 
     def save(self) -> None:
         if self.folder is None:
@@ -218,9 +234,17 @@ class Run:
     def results(self, sources: Sequence[FeatureSource], labels: Labels) -> list[Result]:
         """Every probe's metrics with its best weights; written where the run has a folder."""
         whole = [t for t in self.trainees if t.best]
+        for i, trainee in enumerate(self.trainees):
+            if trainee.curve and not trainee.best and not trainee.stopped.startswith("the loss"):
+                raise ValueError(
+                    f"{self.task.score} of probe {i} was NaN in all {len(trainee.curve)} epochs, so there is no best "
+                    f"one: {len(self.val_loader.ids)} validation clips lack what it is measured on"
+                )
         for trainee in whole:
             trainee.probe.load_state_dict(trainee.best)
-        found = iter(evaluate_all(whole, self.val_loader) if whole else [])
+        found = iter(self._measured(whole))
+        everywhere = of_all_processes(self.loader.skipped | self.val_loader.skipped)
+        skipped = {clip_id: why for of_one in everywhere for clip_id, why in of_one.items()}
         results = [
             Result(
                 self.task.name,
@@ -235,6 +259,7 @@ class Run:
                 len(self.loader.ids),
                 len(self.val_loader.ids),
                 self.spent(),
+                skipped,
             )
             for t in self.trainees
         ]
@@ -296,13 +321,19 @@ def sampling_of(config: ProbeConfig) -> FrameSampling:
     return FrameSampling(config.context, config.gap, config.query)
 
 
-def channels(sources: Sequence[FeatureSource], keys: Sequence[FeatureKey], clip_id: str) -> int:
-    """C of the joined features, as one clip has them."""
-    total = 0
-    for key in keys:
-        with sources[key.source].open_clip(clip_id) as clip:
-            total += clip.shape((key.layer, key.step))[3]
-    return total
+def channels(sources: Sequence[FeatureSource], keys: Sequence[FeatureKey], ids: Sequence[str], on_error: str) -> int:
+    """C of the joined features, as the first clip has them, or with on_error "skip" the first that can be read."""
+    for clip_id in ids:
+        try:
+            return sum(_channels(sources[key.source], key, clip_id) for key in keys)
+        except (ValueError, OSError):
+            if on_error == "raise" or clip_id == ids[-1]:
+                raise
+
+
+def _channels(source: FeatureSource, key: FeatureKey, clip_id: str) -> int:
+    with source.open_clip(clip_id) as clip:
+        return clip.shape((key.layer, key.step))[3]
 
 
 def split(
@@ -343,12 +374,19 @@ def split(
     return train_ids, val_ids
 
 
+def _classes(task: ProbeTask, labels: Labels) -> list[str]:
+    """What the task's answers are called, where it is asked for classes."""
+    return list(labels.class_names) if "tag_pixel_counts" in task.labels else []
+
+
 def _device(device: torch.device | str | None) -> torch.device:
+    """Raises ValueError for a name that is none, and for a device that is not there."""
     if device is None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(device)
-
-
-def _rank() -> tuple[int, int]:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:1, got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return found

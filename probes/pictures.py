@@ -1,6 +1,7 @@
 """Pictures of a training run beside its numbers: curves, layer x step maps, what the best probe says of one clip."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import Result, varied
 from spatialprobe.probes.tasks.instance import predict
 from spatialprobe.probes.training import joined
+
+log = logging.getLogger(__name__)
 
 
 def draw_run(folder: Path, results: Sequence[Result], sources: Sequence[FeatureSource], labels: Labels) -> list[Path]:
@@ -41,8 +44,9 @@ def draw_run(folder: Path, results: Sequence[Result], sources: Sequence[FeatureS
         _layer_steps(whole, task.shown or score, task.higher_is_better, made[-1])
     if whole and task.name in DRAWN:
         sign = -1 if task.higher_is_better and score != "loss" else 1
-        best = min(range(len(results)), key=lambda i: sign * results[i].metrics.get(score, float("inf")))
-        made += DRAWN[task.name](folder, *_first_clip(folder / f"probe-{best:03d}.safetensors", sources, labels))
+        best = min((i for i, r in enumerate(results) if r.metrics), key=lambda i: sign * results[i].metrics[score])
+        file = folder / f"probe-{best:03d}.safetensors"
+        made += DRAWN[task.name](folder, *_first_clip(file, sources, labels, results[best].skipped))
     return made
 
 
@@ -59,18 +63,32 @@ def _layer_steps(results: Sequence[Result], metric: str, higher: bool, path: Pat
 
 
 @torch.no_grad()
-def _first_clip(file: Path, sources: Sequence[FeatureSource], labels: Labels) -> tuple[Probe, Batch, dict[str, Tensor]]:
-    """The probe, the first clip it was validated on with its images, and what the probe says of it."""
+def _first_clip(
+    file: Path, sources: Sequence[FeatureSource], labels: Labels, skipped: Collection[str]
+) -> tuple[Probe, Batch, dict[str, Tensor]]:
+    """The probe, the first clip it was validated on, with its images if there are any, and what the probe says."""
     probe, header = load_probe(file, TASKS)
     keys = probe_keys(header)
-    wanted = [*probe.task.labels, *({"images"} & set(labels.names))]
+    clip_id = next(i for i in header["about"]["val_ids"] if i not in skipped)
     loader = FeatureLoader(
-        sources, labels, ids=header["about"]["val_ids"][:1], keys=sorted(set(keys)), wanted=wanted, train=False,
+        sources, labels, ids=[clip_id], keys=sorted(set(keys)), train=False,
+        wanted=[*probe.task.labels, *["images"] * _has_images(labels, clip_id)],
         views=probe.config.views, sampling=sampling_of(probe.config), batch=1,
     )  # fmt: skip
     (batch,) = loader
     outputs = probe.eval()(joined(batch, keys, probe.config.fuse))
     return probe, batch, {name: x.float() for name, x in outputs.items()}
+
+
+def _has_images(labels: Labels, clip_id: str) -> bool:
+    if "images" not in labels.names:
+        return False
+    try:
+        labels.read(clip_id, [0], ["images"])
+    except (ValueError, OSError) as error:
+        log.warning("pictures have no frames: %s", error)
+        return False
+    return True
 
 
 def _frames(batch: Batch, size: tuple[int, int]) -> np.ndarray:  # uint8 [S, H, W, 3]; grey where there are no images

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Result:
     train_clips: int
     val_clips: int
     seconds: float  # of the whole run: all probes of a grid share it
+    skipped: dict[str, str] = field(default_factory=dict)  # clips left out, where that was asked for: id -> why
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:

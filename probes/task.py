@@ -1,5 +1,6 @@
 """What a probe task is, and the settings of one probe. How training runs is not known here."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, get_args
@@ -10,6 +11,12 @@ from spatialprobe.probes.backbone import Position
 from spatialprobe.probes.fusion import Fuse
 
 SHARED = ("batch", "views", "epochs", "data_seed", "gap", "context", "query")  # one pass over the data has one of each
+KINDS = {  # type of a setting -> types that its value may have, in words
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    int | None: ((int, type(None)), "an integer or null"),
+    str: ((str,), "text"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,15 @@ class ProbeConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # the task's own, by name
 
     def __post_init__(self):
+        for f in fields(self):
+            if f.type in KINDS:
+                _must_be(f.name, getattr(self, f.name), *KINDS[f.type])
         for name in ("embed", "epochs", "batch", "views", "heads", "gap"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.depth < 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"depth must be 0 or more and dropout in [0, 1), got {self.depth} and {self.dropout}")
-        if self.lr <= 0 or self.weight_decay < 0 or self.warmup < 0:
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf or not 0 <= self.warmup < math.inf:
             got = f"{self.lr}, {self.weight_decay} and {self.warmup}"
             raise ValueError(f"lr must be positive, weight_decay and warmup not negative, got {got}")
         if self.patience is not None and self.patience < 1:
@@ -55,14 +65,25 @@ class ProbeConfig:
             raise ValueError(f"fuse must be one of {', '.join(get_args(Fuse))}, got {self.fuse!r}")
 
     def with_settings(self, **settings: Any) -> "ProbeConfig":
-        """A copy with fields, or the task's own options by name, set. Raises ValueError for a name that is neither."""
+        """A copy with fields, or the task's own options by name, set.
+
+        Raises ValueError for a name that is neither, and for a value of another kind than the field's or the default.
+        """
         known = {f.name for f in fields(self)} - {"options"}
         own = {name: value for name, value in settings.items() if name not in known}
         if unknown := sorted(set(own) - set(self.options)):
             choices = ", ".join(sorted(known | set(self.options)))
             raise ValueError(f"no probe setting is called {', '.join(unknown)}; there are {choices}")
+        for name, value in own.items():
+            if type(self.options[name]) in KINDS:
+                _must_be(name, value, *KINDS[type(self.options[name])])
         settings = {name: value for name, value in settings.items() if name in known}
         return replace(self, **settings, options={**self.options, **own})
+
+
+def _must_be(name: str, value: Any, kinds: tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 class Metrics(Protocol):
@@ -87,7 +108,8 @@ class ProbeTask:
     higher_is_better: bool  # of a metric
     facts: Callable[..., Any]  # (labels, training ids, config) -> Facts
     head: Callable[[int, ProbeConfig, Any], nn.Module]  # (width, config, facts); forward(Tokens) -> dict of outputs
-    targets: Callable[[dict[str, Tensor], ProbeConfig, Any], dict[str, Tensor]]  # labels of a batch, on the device
+    # (labels of a batch, on the device; config; facts); of the config it may read the options alone
+    targets: Callable[[dict[str, Tensor], ProbeConfig, Any], dict[str, Tensor]]
     loss: Callable[..., dict[str, Tensor]]  # (outputs, targets, config, generator); "loss" is what is minimised
     metrics: Callable[[ProbeConfig, Any], Metrics]
     shown: str = ""  # metric for pictures, where the score is a loss

@@ -1,9 +1,10 @@
-"""The state of probes in training, and one step of it. The loop over epochs is `train.py`'s."""
+"""The state of probes in training, and one step of it. The loop over epochs is `loop.py`'s."""
 
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ class Trainee:
 
     @classmethod
     def fresh(cls, probe: Probe, keys: tuple[FeatureKey, ...]) -> "Trainee":
-        config, device = probe.config, next(probe.parameters()).device
+        config = probe.config
         optimizer = torch.optim.AdamW(
-            probe.parameters(), lr=config.lr, betas=BETAS, weight_decay=config.weight_decay, fused=device.type == "cuda"
+            probe.parameters(), lr=config.lr, betas=BETAS, weight_decay=config.weight_decay, fused=True
         )
         return cls(probe, keys, optimizer)
 
@@ -53,50 +54,56 @@ def train_step(trainees: Sequence[Trainee], batch: Batch, step: int, steps_per_e
     """One batch for every probe that still trains; each ends with the weights it would have alone.
 
     The features are read once, by the joint input layers. Their gradient is one product, after the probes have run one
-    by one, so that a single probe's activations are in memory at a time. A probe whose loss is not finite is stopped
-    before its weights take harm. All randomness depends on (the probe's seed, step).
+    by one, so that a single probe's activations are in memory at a time. A probe whose loss is not finite, in any
+    process, is stopped before its weights take harm. All randomness depends on (the probe's seed, step, process).
     """
     active = [t for t in trainees if not t.stopped]
     device = batch.frames.device
     with autocast(device):
         projected = project([t.probe for t in active], features_of(batch, active))
-    gradients = []
-    for trainee, x in zip(active, projected, strict=True):
+    losses, gradients = [], []
+    for trainee, x, targets in zip(active, projected, targets_of(batch, active), strict=True):
         leaf = x.detach().requires_grad_()
-        loss = _loss(trainee.probe, leaf, batch.labels, step)["loss"]
-        value = loss.item()
-        if math.isfinite(value):
-            loss.backward()
+        loss = _loss(trainee.probe, leaf, targets, step)["loss"]
+        loss.backward()
+        losses.append(loss.detach().float())
+        gradients.append(leaf.grad)
+    torch.autograd.backward(projected, gradients)
+    values = mean_over_processes([torch.stack(losses)])[0].tolist()
+    for trainee, value in zip(active, values, strict=True):
+        if not math.isfinite(value):
+            clips = ", ".join(clip_id for ids in of_all_processes(batch.ids) for clip_id in ids)
+            trainee.stopped = f"the loss is {value} at step {step} (clips {clips})"
+        else:
             trainee.loss_sum += value * len(batch.ids)
             trainee.clips += len(batch.ids)
-        else:
-            clips = ", ".join(batch.ids)
-            trainee.stopped = f"the loss is {value} at step {step} (clips {clips})"
-        gradients.append(torch.zeros_like(x) if leaf.grad is None else leaf.grad)
-    torch.autograd.backward(projected, gradients)
-    reduce_gradients([t for t in active if not t.stopped])
-    for trainee in active:
-        if not trainee.stopped:
-            for group in trainee.optimizer.param_groups:
-                group["lr"] = learning_rate(trainee.config, (step + 1) / steps_per_epoch)
-            trainee.optimizer.step()
+            _update(trainee, learning_rate(trainee.config, (step + 1) / steps_per_epoch))
         trainee.optimizer.zero_grad()
 
 
-def _loss(probe: Probe, projected: Tensor, labels: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-    """What the task's loss says, with dropout and sampling drawn from (the probe's seed, step)."""
-    config, device = probe.config, projected.device
-    torch.manual_seed(_mix(config.seed, step, "dropout"))
+def _loss(probe: Probe, projected: Tensor, targets: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """What the task's loss says, with dropout and sampling drawn from (the probe's seed, step, process)."""
+    seed, device, rank = probe.config.seed, projected.device, processes()[0]
+    torch.manual_seed(_mix(seed, step, rank, "dropout"))
     with autocast(device):
         outputs = probe.read(projected)
-    return task_loss(probe, outputs, labels, torch.Generator(device).manual_seed(_mix(config.seed, step, "loss")))
+    return task_loss(probe, outputs, targets, torch.Generator(device).manual_seed(_mix(seed, step, rank, "loss")))
 
 
 def task_loss(
-    probe: Probe, outputs: dict[str, Tensor], labels: dict[str, Tensor], generator: torch.Generator
+    probe: Probe, outputs: dict[str, Tensor], targets: dict[str, Tensor], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    targets = probe.task.targets(labels, probe.config, probe.facts)
     return probe.task.loss({name: x.float() for name, x in outputs.items()}, targets, probe.config, generator)
+
+
+def _update(trainee: Trainee, lr: float) -> None:
+    """One step of the optimizer, with the mean of the gradients of all processes."""
+    parameters = [p for p in trainee.probe.parameters() if p.grad is not None]
+    for parameter, grad in zip(parameters, mean_over_processes([p.grad for p in parameters]), strict=True):
+        parameter.grad = grad
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = lr
+    trainee.optimizer.step()
 
 
 def learning_rate(config: ProbeConfig, epoch: float) -> float:
@@ -122,23 +129,49 @@ def joined(batch: Batch, keys: Sequence[FeatureKey], how: Fuse) -> Stored:
     return fuse([batch.features[key] for key in keys], how)
 
 
+def targets_of(batch: Batch, trainees: Sequence[Trainee]) -> list[dict[str, Tensor]]:
+    """What each probe is to say, made once for all probes of the same options and facts."""
+    made: list[tuple[Probe, dict[str, Tensor]]] = []
+    found = []
+    for probe in (trainee.probe for trainee in trainees):
+        same = (x for p, x in made if p.facts == probe.facts and p.config.options == probe.config.options)
+        targets = next(same, None)
+        if targets is None:
+            targets = probe.task.targets(batch.labels, probe.config, probe.facts)
+            made.append((probe, targets))
+        found.append(targets)
+    return found
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on a GPU; elsewhere nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def reduce_gradients(trainees: Sequence[Trainee]) -> None:
-    """The mean over processes, where there are several: batches are equally large on all of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    ranks = torch.distributed.get_world_size()
-    for trainee in trainees:
-        grads = [p.grad for p in trainee.probe.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for grad, reduced in zip(grads, flat.div_(ranks).split([g.numel() for g in grads]), strict=True):
-            grad.copy_(reduced.view_as(grad))
+def processes() -> tuple[int, int]:
+    """This process' rank and the number of processes that train together."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
 
 
-def _mix(seed: int, step: int, what: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}|{step}|{what}".encode()).digest()[:8], "little") >> 1
+def mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's mean over processes, which all have equally large batches; alone, the tensors themselves."""
+    ranks = processes()[1]
+    if ranks == 1:
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors])
+    torch.distributed.all_reduce(flat)
+    parts = flat.div_(ranks).split([x.numel() for x in tensors])
+    return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """What each process has, in the order of their ranks. All must call it at the same point."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _mix(seed: int, step: int, rank: int, what: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}|{step}|{rank}|{what}".encode()).digest()[:8], "little") >> 1

@@ -134,6 +134,13 @@ def test_rebase_in_float32_of_a_world_far_from_its_origin():
     torch.testing.assert_close(turned.double(), expected, rtol=0, atol=3e-4)  # 374 * 2**-24 of each float32 matrix
 
 
+def test_equal_cameras_have_no_baseline_however_far_the_world():
+    turn = cameras(1, 1, seed=16)[..., :3]
+    extrinsic = torch.cat([turn, -turn @ tensor([[300.0], [-200], [100]])], -1).float().expand(1, 4, 3, 4)
+    rebased, _ = rebase(extrinsic, torch.zeros(1, 4, 1, 1, 3))
+    assert rebased[..., 3].abs().max() < 1e-9
+
+
 def test_encoded_cameras_are_translation_scalar_last_quaternion_and_angles_of_view():
     extrinsic, intrinsic = cameras(2, 3, seed=8), torch.eye(3).double().repeat(2, 3, 1, 1)
     intrinsic[..., 0, 0], intrinsic[..., 1, 1] = 50.0, 40.0

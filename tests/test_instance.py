@@ -127,6 +127,8 @@ def test_what_is_drawn_for_a_clip_depends_on_the_generator_alone():
     assert not torch.equal(first, other)
     instances[1] = 0
     assert torch.equal(sample_pixels(instances, 50, generator(1)), first[[0, 2]])
+    same = sample_pixels(torch.ones(2, 2, 20, 20, dtype=torch.int32), 50, generator(1))
+    assert not torch.equal(same[0], same[1] - 800), "clips of equal masks get draws of their own"
     source = generator(1)
     assert not torch.equal(sample_pixels(instances, 50, source), sample_pixels(instances, 50, source))
 

@@ -164,7 +164,7 @@ def test_threads_share_a_source_and_a_forked_child_connects_anew(home, url):
     with ThreadPoolExecutor(4) as pool:
         for (clip_id, row), stored in zip(jobs, pool.map(lambda job: read(*job), jobs), strict=True):
             assert_equal(stored, home.read_rows(clip_id, 1, [row], 749))
-    child = multiprocessing.get_context("fork").Process(target=_compare, args=(source, home))
+    child = multiprocessing.get_context("fork").Process(target=_compare, args=(source, home), daemon=True)
     child.start()
     child.join(30)
     assert child.exitcode == 0, "hangs" if child.is_alive() else "fails"
@@ -307,7 +307,9 @@ def test_processes_share_a_cache(home, server, tmp_path):
     """Both copy the same clips at the same time."""
     open_source(server.url, cache=tmp_path / "cache")
     fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=_read_all, args=(server.url, tmp_path / "cache", home)) for _ in range(2)]
+    children = [
+        fork.Process(target=_read_all, args=(server.url, tmp_path / "cache", home), daemon=True) for _ in range(2)
+    ]
     for child in children:
         child.start()
     for child in children:
