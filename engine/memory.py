@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spatialprobe.engine.rows import Key, StoredRows
+from spatialprobe.engine.rows import Key, StoredRows, row_numbers
 
 
 def each(rows: StoredRows, fn: Callable[[Tensor], Tensor]) -> StoredRows:
@@ -43,13 +43,13 @@ class MemoryClip:
 
         Raises ValueError, naming the clip, for a key or row that is not there, -1 too.
         """
-        read = {}
+        read, rows = {}, row_numbers(rows)
         for key in keys:
             here, length = self._at(key), self.shape(key)[0]
             if wrong := [row for row in rows if not 0 <= row < length]:
                 raise ValueError(f"clip {self.clip_id}: {self.name} has rows 0 .. {length - 1}, got {wrong}")
             if out is None:
-                read[key] = each(here, lambda x: x[list(rows)])
+                read[key] = each(here, lambda x: x[rows])
                 continue
             read[key] = out[key]
             for name, x in vars(here).items():

@@ -31,7 +31,7 @@ from spatialprobe.engine.row_bytes import (
     repeat_rows,
     row_pieces,
 )
-from spatialprobe.engine.rows import Key, StoredRows
+from spatialprobe.engine.rows import Key, StoredRows, row_numbers
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, check_clip_id
 from spatialprobe.kernels.pool_features import LAYER_NORM_EPS
 
@@ -107,8 +107,8 @@ class PublishedClip:
         self, keys: Sequence[Key], rows: Sequence[int], *, out: dict[Key, StoredRows] | None = None
     ) -> dict[Key, StoredRows]:
         """As `OpenClip.read` says. Rows with values that are not finite raise ValueError, too."""
-        found = {}
-        for key in keys:
+        found, rows = {}, row_numbers(rows)
+        for key in dict.fromkeys(keys):
             file, entry = self._file(key)
             must_have_rows(rows, entry.shape[0], f"clip {self.clip_id}: {file.name}")
             stored = found[key] = place_for(rows, entry.shape, self._spec, None if out is None else out[key])

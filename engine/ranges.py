@@ -51,7 +51,7 @@ def spans(pieces: Sequence[Piece], *, gap: int, longest: int) -> list[list[Piece
     for offset, into in sorted(cut, key=lambda piece: piece[0]):
         if found and len(found[-1]) < MOST_PIECES:
             begin, end = extent(found[-1])
-            if offset - end <= gap and offset + len(into) - begin <= longest:
+            if 0 <= offset - end <= gap and offset + len(into) - begin <= longest:
                 found[-1].append((offset, into))
                 continue
         found.append([(offset, into)])

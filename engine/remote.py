@@ -30,7 +30,7 @@ GUARD = 1 << 9  # bytes of a file that hold its checksum, and so tell it from on
 
 
 def open_source(
-    path: str,
+    path: str | Path,
     *,
     cache: str | Path | None = None,  # folder of this machine that keeps clips; one for each store
     ids: Sequence[str] | None = None,  # the clips there are, where the place cannot be listed (http)
@@ -41,6 +41,7 @@ def open_source(
     A clip in the cache is not asked for again, so a store whose clips were replaced wants a new cache. The cache is a
     store itself: `engine verify` checks it.
     """
+    path = os.fspath(path)
     if "://" not in path:
         if cache is not None or ids is not None or options is not None:
             raise ValueError(f"cache, ids and options are for URLs, got the folder {path}")
@@ -61,9 +62,6 @@ class RemoteStore:
             raise ValueError(f"{self.url} is not a feature store: it has no spec.json") from None
         self.spec, self.spec_hash = parse_spec(self.spec_text, f"{self.url}/spec.json")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_connected": None}
-
     def fetch(self, ask: Callable[[Any, str], Any]) -> Any:
         """`ask` of the file system and the store's path in it. Raises OSError whatever the transport raises."""
         if self._connected is None or self._connected[0] != os.getpid():  # a forked child needs a connection of its own
@@ -74,7 +72,7 @@ class RemoteStore:
     def ids(self) -> list[str]:
         """Ids of the clips that are there, sorted: those given, or else listed. Raises ValueError if none are found."""
         if self._ids is not None:
-            return self._ids
+            return list(self._ids)
         try:
             root, found = self.fetch(lambda fs, root: (f"{root}/clips/", fs.find(f"{root}/clips")))
         except OSError as error:
@@ -82,7 +80,7 @@ class RemoteStore:
         names = [path.removeprefix(root).removesuffix(SUFFIX) for path in found if path.endswith(SUFFIX)]
         ids = sorted(unquote(name) if _quotes(root) else name for name in names)
         if not ids:
-            raise ValueError(f"{self.url} has no clips, or cannot be listed: then give `ids`")
+            raise ValueError(f"{self.url} has no clips, or does not list them: then give `ids`")
         return [clip_id for clip_id in ids if not clip_id.rpartition("/")[2].startswith(".")]
 
     def clip_path(self, root: str, clip_id: str) -> str:
@@ -100,8 +98,10 @@ class RemoteStore:
         """See `FeatureSource.open_clip`. A clip that is replaced while it is open raises OSError."""
         try:
             file = RemoteFile(self, clip_id)
-        except BadFile as error:
-            raise ValueError(f"clip {clip_id}: {self.url}: {error}") from None
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, f"clip {clip_id}: {error.strerror or error}", self.url) from error
         return StoredClip(file, clip_id, self.spec, self.spec_hash, check=check)
 
 
@@ -113,12 +113,13 @@ class RemoteFile:
         self._store, self._clip_id = store, clip_id
         self.start = self._fetch(lambda fs, path: fs.cat_file(path, 0, HEAD))
         if len(self.start) > HEAD:
-            raise BadFile(f"the server sent {len(self.start)} bytes when asked for {HEAD}: it does not serve ranges")
+            message = f"the server sent {len(self.start)} bytes when asked for {HEAD}: it does not serve ranges"
+            raise OSError(errno.EOPNOTSUPP, message)
         self.size = len(self.start)
         if self.size == HEAD:
             self.size = self._fetch(lambda fs, path: fs.info(path)["size"])
         if self.size is None:
-            raise BadFile("the server does not tell the size of the file")
+            raise OSError(errno.EOPNOTSUPP, "the server does not tell the size of the file")
 
     def _fetch(self, ask: Callable[[Any, str], Any]) -> Any:
         return self._store.fetch_of(self._clip_id, ask)
@@ -154,6 +155,10 @@ class CachedStore:
         origin = self._local.about.get("copied from")
         if origin != remote.url or self._local.spec_hash != remote.spec_hash:
             raise ValueError(f"{folder} holds clips copied from {origin}, not from {remote.url}; choose another folder")
+
+    @property
+    def root(self) -> str:
+        return self.remote.url
 
     def __reduce__(self) -> tuple:
         return CachedStore, (self.remote, self.folder)

@@ -4,6 +4,7 @@ A source is a folder (`FeatureStore`), a store elsewhere (`RemoteStore`), a dump
 or anything else with these methods. How rows become values, batches or labels is not known here.
 """
 
+import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ class StoredRows:
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in vars(self).values() if x is not None)
+
+
+def row_numbers(rows: Sequence[int]) -> list[int]:
+    """Plain numbers of a list, an array or a tensor of whole numbers."""
+    return [operator.index(row) for row in rows]
 
 
 class OpenClip(Protocol):

@@ -19,7 +19,7 @@ from spatialprobe.engine.row_bytes import (
     repeat_rows,
     row_pieces,
 )
-from spatialprobe.engine.rows import Key, StoredRows
+from spatialprobe.engine.rows import Key, StoredRows, row_numbers
 from spatialprobe.engine.schema import mismatches
 from spatialprobe.engine.types import FeatureSpec, tensor_name
 
@@ -75,8 +75,8 @@ class StoredClip:
         self, keys: Sequence[Key], rows: Sequence[int], *, out: dict[Key, StoredRows] | None = None
     ) -> dict[Key, StoredRows]:
         """As `OpenClip.read` says: only these rows are fetched, those of all keys at once."""
-        found, pieces = {}, []
-        for key in keys:
+        found, pieces, rows = {}, [], row_numbers(rows)
+        for key in dict.fromkeys(keys):
             name, shape = tensor_name(*key), self.shape(key)
             must_have_rows(rows, shape[0], f"clip {self.clip_id}: {self.name}")
             found[key] = place_for(rows, shape, self._spec, None if out is None else out[key])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -77,6 +78,8 @@ class FeatureLoader(IterableDataset):
         check: bool = False,  # compare each file with its checksum before its rows are used: reads all of it
         on_error: OnError = "raise",
     ):
+        if isinstance(sources, str | Path):
+            raise ValueError(f"sources must be stores, got the path {sources}: open_source opens it")
         sources = sources if isinstance(sources, Sequence) else [sources]
         self.sources = [Shards(source) if isinstance(source, Sequence) else source for source in sources]
         self.labels, self.batch, self.last, self.train, self.seed = labels, batch, last, train, seed
@@ -113,14 +116,14 @@ class FeatureLoader(IterableDataset):
 
     def _complete(self, ids: Sequence[str] | None) -> list[str]:
         """The clips that every source and the labels have; the others are an error, or skipped."""
-        there = {source_name(source): set(source.ids()) for source in self.sources}
+        there = [(source_name(source), set(source.ids())) for source in self.sources]
         if self._reader.wanted:
-            there[f"labels of {self.labels.root}"] = set(self.labels.ids())
-        asked = sorted(set().union(*there.values())) if ids is None else list(ids)
+            there.append((f"labels of {self.labels.root}", set(self.labels.ids())))
+        asked = sorted(set().union(*(clips for _, clips in there))) if ids is None else list(ids)
         if len(set(asked)) < len(asked):
             raise ValueError(f"ids must be distinct, got {max(asked, key=asked.count)} more than once")
         for clip_id in asked:
-            if lacking := [name for name, clips in there.items() if clip_id not in clips]:
+            if lacking := [name for name, clips in there if clip_id not in clips]:
                 self.skipped[clip_id] = f"clip {clip_id} is not in {' and '.join(lacking)}"
         if self.skipped and (self.on_error == "raise" or len(self.skipped) == len(asked)):
             some = "; ".join(list(self.skipped.values())[:3])
@@ -161,6 +164,8 @@ class FeatureLoader(IterableDataset):
         changed = [f"{k} was {state['order'].get(k)}, is {v}" for k, v in order.items() if state["order"].get(k) != v]
         if changed:
             raise ValueError(f"the state is of another loader: {'; '.join(changed)}")
+        if state["epoch"] < 0 or not 0 <= state["batch"] <= len(self):
+            raise ValueError(f"the state's batch must be 0 .. {len(self)} of an epoch from 0 on, got {state}")
         self.epoch, self._resume_at, self._next = state["epoch"], state["batch"], state["batch"]
 
     def _order(self) -> dict[str, Any]:

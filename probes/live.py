@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from spatialprobe.probes.batches import Batch, BatchBuilder, FeatureKey, UnequalClips
 from spatialprobe.probes.data import OnError
@@ -42,6 +42,9 @@ class LiveLoader(IterableDataset):
         device: torch.device | str = "cpu",
         on_error: OnError = "raise",
     ):
+        if batch < 1 or on_error not in get_args(OnError):
+            choices = ", ".join(get_args(OnError))
+            raise ValueError(f"batch must be at least 1 and on_error one of {choices}, got {batch} and {on_error!r}")
         options = {"wanted": wanted, "views": views, "sampling": sampling, "train": train, "seed": seed}
         self._reader = ClipReader([arriving.spec], labels, keys=keys, device=torch.device(device), **options)
         self.arriving, self.batch, self.epoch, self.on_error = arriving, batch, epoch, on_error
@@ -49,6 +52,8 @@ class LiveLoader(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises ValueError for a clip that failed, unless they are skipped, and whatever ended the extraction."""
+        if get_worker_info() is not None:
+            raise ValueError("features arrive in the process that extracts: give the DataLoader num_workers=0")
         clips = iter(self.arriving)
         while group := list(islice(clips, self.batch)):
             builder = BatchBuilder([clip.clip_id for clip in group], self._reader.views, self._reader.device)

@@ -58,10 +58,15 @@ class ClipReader:
         self.keys = there if keys is None else [FeatureKey(*key) for key in keys]
         if unknown := [tuple(key) for key in self.keys if key not in there]:
             raise ValueError(f"keys must be (source, layer, step) of {[tuple(key) for key in there]}, got {unknown}")
+        if len(set(self.keys)) < len(self.keys):
+            raise ValueError(f"keys must be distinct, got {[tuple(key) for key in self.keys]}")
+        if isinstance(wanted, str):
+            raise ValueError(f"wanted must be a list of names, got the string {wanted!r}")
         if idle := sorted(set(range(len(specs))) - {key.source for key in self.keys}):
             raise ValueError(f"keys must name features of every source, got none of sources {idle}")
         if (labels is None) == bool(self.wanted):
-            raise ValueError(f"labels and the names of those wanted belong together, got {labels} and {self.wanted}")
+            got = f"{getattr(labels, 'root', None)} and {self.wanted}"
+            raise ValueError(f"labels and the names of those wanted belong together, got {got}")
         if unknown := [name for name in self.wanted if name not in labels.names]:
             raise ValueError(f"labels wanted must be some of {', '.join(labels.names)}, got {', '.join(unknown)}")
         must_see_equal_frames(self.specs, labels)

@@ -570,3 +570,31 @@ def test_labels_that_cannot_be_read_are_skipped_with_their_clip(store, labels):
     assert f"clip {IDS[2]}: labels in" in loader.skipped[IDS[2]]
     with pytest.raises(ValueError, match=f"clip {IDS[2]}: labels in"):
         list(load(store, labels, wanted=("instance_masks",)))
+
+
+def test_keys_are_distinct_and_sources_are_stores(store):
+    with pytest.raises(ValueError, match=r"keys must be distinct, got \[\(0, 3, None\), \(0, 3, None\)\]"):
+        load(store, keys=[(0, 3, None), (0, 3, None)])
+    with pytest.raises(ValueError, match=r"sources must be stores, got the path .*: open_source opens it"):
+        load(store.root)
+
+
+def test_a_state_beyond_the_epoch_is_refused(store):
+    loader = load(store)
+    with pytest.raises(ValueError, match=r"the state's batch must be 0 .. 3 of an epoch from 0 on"):
+        loader.load_state_dict(loader.state_dict() | {"batch": 99})
+
+
+def test_sources_of_one_name_are_told_apart(store, tmp_path):
+    """A clip that only one of two sources has is missed, though both have the same root."""
+
+    class Fewer:
+        root, spec, spec_hash = store.root, store.spec, store.spec_hash
+        open_clip = store.open_clip
+
+        def ids(self):
+            return store.ids()[1:]
+
+    for sources in ([store, Fewer()], [Fewer(), store]):
+        with pytest.raises(ValueError, match="1 of 11 clips are not everywhere: clip train/clip0 is not in"):
+            load(sources)

@@ -355,6 +355,30 @@ def test_dense_decoder_is_the_one_written_out():
     torch.testing.assert_close(position_signal(x, SIZE[1] / SIZE[0]), slow_position(12, 3, 5))
 
 
+def test_camera_decoder_is_the_one_written_out():
+    torch.manual_seed(0)
+    head = CameraDecoder(16, readout=False, refinements=3, layers=2, heads=2, layer_scale=1.0)
+    nn.init.normal_(head.start)
+    tokens, expected = tokens_of(2), []
+    for clip in tokens.pairs[-1][:, :, 0]:  # [S, 16]
+        x = head.norm(clip)
+        centred = x - x.mean(1, keepdim=True)
+        plain = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        pose, poses = torch.zeros(1, 9), []
+        for i in range(3):
+            told = head.embed(head.start[None] if i == 0 else pose)
+            shift, scale, gate = (told * told.sigmoid() @ head.modulate[1].weight.T + head.modulate[1].bias).split(
+                16, 1
+            )
+            y = (x + gate * (shift + plain + plain * scale))[None]
+            for block in head.blocks:
+                y = block(y, None)
+            pose = pose + head.read(y)[0]
+            poses.append(torch.cat([pose[:, :7], (1 + pose[:, 7:].exp()).log()], 1))
+        expected.append(torch.stack(poses, 1))
+    torch.testing.assert_close(head(tokens), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("readout", [False, True])
 def test_camera_decoder_knows_views_as_the_first_and_the_others(readout):
     torch.manual_seed(0)
@@ -384,6 +408,15 @@ def test_camera_decoder_reads_the_camera_token_or_the_mean_patch(readout):
         assert (used[:, :, 0].abs().sum(-1) > 0).all()
         assert not used[:, :, 1:].any()
         assert tokens.pairs[0].grad is None
+
+
+def test_without_a_backbone_cameras_are_read_from_all_patches_in_any_order():
+    torch.manual_seed(0)
+    head, tokens = GeometryHead(16, small(depth=0), FACTS), tokens_of(0)
+    shuffled = Tokens([x[:, :, torch.randperm(GRID[0] * GRID[1])] for x in tokens.pairs], GRID)
+    before, after = head(tokens), head(shuffled)
+    torch.testing.assert_close(after["poses"], before["poses"])
+    assert (after["depth"] - before["depth"]).abs().max() > 1e-3
 
 
 def test_refinements_build_on_each_other_without_gradient_between_them():

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.adapter import Adapter
@@ -272,3 +273,14 @@ def test_clips_that_fail_end_the_training_or_are_skipped(decoded):
 def test_too_many_views_are_an_error_that_names_the_clip(decoded):
     with live(refs("a1"), Ramp(), spec()) as arriving, pytest.raises(ValueError, match="clip a1: 9 frames hold"):
         list(LiveLoader(arriving, views=6, sampling=NEAR))
+
+
+def test_live_batches_are_asked_for_sensibly_and_in_one_process(decoded):
+    with live(refs("a1"), Ramp(), spec()) as arriving:
+        with pytest.raises(
+            ValueError, match="batch must be at least 1 and on_error one of raise, skip, got 0 and 'skp'"
+        ):
+            LiveLoader(arriving, batch=0, on_error="skp")
+        loader = LiveLoader(arriving, views=1, sampling=FrameSampling(context=1, gap=1, query="0"))
+        with pytest.raises(ValueError, match="give the DataLoader num_workers=0"):
+            list(DataLoader(loader, batch_size=None, num_workers=1))

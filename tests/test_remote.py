@@ -187,7 +187,7 @@ def test_ids_are_given_where_a_place_cannot_be_listed(home, server):
     server.listing = True
     for path in home.clips.rglob("*.safetensors"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"http://.* has no clips, or cannot be listed: then give `ids`"):
+    with pytest.raises(ValueError, match=r"http://.* has no clips, or does not list them: then give `ids`"):
         open_source(server.url).ids()
 
 
@@ -228,6 +228,10 @@ def test_damage_is_named(home, url, server, memory, monkeypatch):
         source.open_clip("val/c", check=True)
     put(content)
     source.open_clip("val/c", check=True).close()
+    with source.open_clip("val/c") as clip:
+        put(content[:-20_000])
+        with pytest.raises(ValueError, match=r"clip val/c: .* is damaged: .* bytes came of the .* from byte"):
+            clip.read([(1, 200), (3, 749)], [6])
     put(home.path("train/a").read_bytes())
     with pytest.raises(ValueError, match=r"val/c.safetensors is foreign: of clip 'train/a', not 'val/c'"):
         source.open_clip("val/c")
@@ -250,14 +254,14 @@ def test_a_server_without_ranges_or_in_trouble_is_named(server, monkeypatch):
     monkeypatch.setattr(remote, "HEAD", 1 << 12)
     source = RemoteStore(server.url)
     server.ranges = False
-    with pytest.raises(ValueError, match=r"clip val/c: http.* bytes when asked for 4096: it does not serve ranges"):
+    with pytest.raises(OSError, match=r"clip val/c: the server sent .* asked for 4096: it does not serve ranges"):
         source.open_clip("val/c")
     server.ranges, server.error = True, 503
-    with pytest.raises(OSError, match=r"ClientResponseError: 503.*http://"):
+    with pytest.raises(OSError, match=r"clip val/c: ClientResponseError: 503.*http://"):
         source.open_clip("val/c")
     server.shutdown()
     server.server_close()
-    with pytest.raises(OSError, match=r"Connect.*http://"):
+    with pytest.raises(OSError, match=r"clip val/c: .*Connect.*http://"):
         source.open_clip("val/c")
 
 

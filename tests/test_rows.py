@@ -462,3 +462,12 @@ def _write_numbers(root: Path, spec: FeatureSpec) -> None:
         provenance = {"grid": LARGE[:3], "rows_kept": [*range(LARGE[0])], "padded": 0}
         for i in range(CLIPS):
             store.write(f"clip{i}", tensors, torch.tensor(FRAMES), provenance)
+
+
+@pytest.mark.parametrize("rows", [[0], np.array([0]), torch.tensor([0]), torch.tensor([2, 0, 2]), np.array([1, 1])])
+def test_rows_may_be_a_list_an_array_or_a_tensor(tmp_path, rows):
+    path = write(FeatureStore.create(tmp_path / "s", spec_of()), "x")
+    store, there = FeatureStore.open(tmp_path / "s"), whole(path)
+    assert_rows(store.read_rows("x", 3, rows, 749), there, (3, 749), [int(row) for row in rows])
+    with store.open_clip("x") as clip:  # a key twice is one key
+        assert_rows(clip.read([(3, 749), (3, 749)], rows)[3, 749], there, (3, 749), [int(row) for row in rows])
