@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from spatialprobe.probes.labels import (
     open_labels,
     presence_rates,
 )
+from spatialprobe.probes.labels.base import read_array
 
 FRAMES, HEIGHT, WIDTH = 9, 24, 40
 PICKED = [0, 5, 3, 5]  # any order, twice the same
@@ -354,3 +357,22 @@ def test_tensors_of_another_kind(copy, kind, name, array, message):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=rf"clip {clip_id}: labels in {path}: .*{message}"):
         labels.read(clip_id, [0, 8], labels.names)
+
+
+def test_array_headers_are_read_one_at_a_time(tmp_path, monkeypatch):
+    """Python 3.11 raises SystemError when two threads parse literals at once, as numpy does of headers."""
+    np.save(tmp_path / "a.npy", np.arange(12, dtype=np.int32).reshape(4, 3))
+    inside, most, load = [], [], np.load
+
+    def slow(*args, **kwargs):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(np, "load", slow)
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda i: read_array(tmp_path / "a.npy", [i % 4], "int32"), range(20)))
+    assert [int(x[0, 0]) for x in read] == [3 * (i % 4) for i in range(20)]
+    assert max(most) == 1

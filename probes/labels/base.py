@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ LABELS = {  # name -> dtype, shape of S frames, meaning
     "images": (torch.uint8, "S 3 H W", "RGB"),
 }
 SPLITS = ("train", "val")
+_ONE_HEADER = Lock()  # numpy parses headers as Python literals, which Python 3.11 fails at in two threads (#106905)
 MIN_TAG_PIXELS, MIN_TAG_FRAMES = 200, 2  # of a whole clip, for a class to count as present (the study's)
 
 
@@ -146,9 +148,15 @@ def split_ids(root: Path, split: str) -> list[str]:
     return [check_clip_id("/".join(pair)) for pair in pairs]
 
 
+def mapped_array(path: Path) -> np.ndarray:
+    """An .npy file, of which nothing but the header is read."""
+    with _ONE_HEADER:
+        return np.load(path, mmap_mode="r")
+
+
 def read_array(path: Path, frames: list[int], dtype: str) -> np.ndarray:
     """These frames of an .npy file [F, ...]. Raises ValueError for another dtype."""
-    array = np.load(path, mmap_mode="r")
+    array = mapped_array(path)
     if array.dtype != np.dtype(dtype) or array.ndim < 2:
         raise ValueError(f"{path.name} must be {dtype} [F, ...], got {array.dtype} {list(array.shape)}")
     if len(array) <= max(frames):

@@ -9,7 +9,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from spatialprobe.engine.types import ClipRef
-from spatialprobe.probes.labels.base import SPLITS, Labels, read_array, read_images, split_ids, world_to_camera
+from spatialprobe.probes.labels.base import (
+    SPLITS,
+    Labels,
+    mapped_array,
+    read_array,
+    read_images,
+    split_ids,
+    world_to_camera,
+)
 
 
 class ScanNetLabels(Labels):
@@ -76,7 +84,7 @@ class ScanNetLabels(Labels):
             raise ValueError(f"intrinsic.txt must be 4x4, got {matrix.size} numbers")
         scale = np.ones(2)
         if self.intrinsic_size is not None:
-            mask = np.load(path / "instance_masks.npy", mmap_mode="r").shape[1:]
+            mask = mapped_array(path / "instance_masks.npy").shape[1:]
             scale = np.array(mask) / self.intrinsic_size
         # centres are whole numbers: (u + 1/2) scales, u does not
         resize = np.array([[scale[1], 0, scale[1] / 2 - 0.5], [0, scale[0], scale[0] / 2 - 0.5], [0, 0, 1]])
