@@ -35,12 +35,12 @@ def contrastive_loss(
     """pull_weight * mean distance of pixels of one id + push_weight * mean of max(0, margin - distance) of others.
 
     Means are over all ordered pairs of two pixels of one scene, of all scenes together, and 0 where there are none
-    (De Brabandere et al. 2017 in the pairwise form of the published study). Memory grows with P, not with P * P.
+    (De Brabandere et al. 2017 in the pairwise form of the published study). No P x P matrix is in memory.
     The gradient has the dtype of the embeddings; that of a distance is 0 at distance 0, and that of the hinge is 0 at
     the margin. float32 ends distances at 1.8e19, beyond which they are infinite, and at 1.1e-19, below which they are
     0. An embedding that is not finite makes the loss NaN or infinite.
     Raises ValueError for shapes, dtypes and devices that do not fit, a margin that is not a number from 0 on, and
-    counts outside 0 .. P; on CUDA, where looking would wait for the device, such counts make loss and gradient NaN.
+    counts outside 0 .. P; in Triton on CUDA, where looking would wait for the device, they make both NaN.
     """
     if embeddings.ndim != 3 or 0 in embeddings.shape:
         raise ValueError(f"embeddings must be [B, P, D] and not empty, got {tuple(embeddings.shape)}")
@@ -70,6 +70,7 @@ def _loss(
     push_weight: float,
     in_triton: bool,
 ) -> tuple[Tensor, Tensor]:  # scalar; float64 [2]: pairs of one id, others, each at least 1 because it divides
+    counts = None if counts is None else counts.long().contiguous()
     _check_counts(counts, embeddings.shape[1])
     sums = _sums_in_triton if in_triton else _sums_in_torch
     pull, push, *pairs = sums(embeddings, ids, counts, margin).unbind()
@@ -91,6 +92,7 @@ def _gradient(
     push_weight: float,
     in_triton: bool,
 ) -> Tensor:
+    counts = None if counts is None else counts.long().contiguous()
     gradient = _gradient_in_triton if in_triton else _gradient_in_torch
     return gradient(grad, pairs, embeddings, ids, counts, margin, pull_weight, push_weight)
 
@@ -136,7 +138,10 @@ BLOCK = 2**23  # rows of a block x pixels x D: 32 MB in float32, which the backw
 def _blocks(embeddings: Tensor, ids: Tensor, counts: Tensor | None) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
     """Of each scene some rows against all its pixels: scene, rows, pixels [N, D], whether ids are equal [rows, N]."""
     batch, pixels, dims = embeddings.shape
-    for b, count in enumerate([pixels] * batch if counts is None else counts.tolist()):
+    known = [pixels] * batch if counts is None else counts.tolist()
+    if not 0 <= min(known) <= max(known) <= pixels:
+        raise ValueError(f"counts must be 0 .. {pixels} pixels, got {known}")
+    for b, count in enumerate(known):
         scene, names = embeddings[b, :count].to(_working(embeddings)), ids[b, :count].long()
         step = max(BLOCK // max(count * dims, 1), 1)
         for first in range(0, count, step):
@@ -163,7 +168,7 @@ def _sums_in_torch(embeddings: Tensor, ids: Tensor, counts: Tensor | None, margi
 
 
 def _gradient_in_torch(grad, pairs, embeddings, ids, counts, margin, pull_weight, push_weight) -> Tensor:
-    gradient = torch.zeros_like(embeddings)
+    gradient = embeddings.new_zeros(embeddings.shape)
     pull, push = (2 * grad * torch.stack([grad.new_tensor(pull_weight), grad.new_tensor(push_weight)]) / pairs).to(
         _working(embeddings)
     )  # each pair counts twice
@@ -288,7 +293,7 @@ def _gradient_kernel(
     """One program sums, over `span` tiles of pixels j, GROUP channels of the gradient of ROWS pixels i."""
     block, split, b = tl.program_id(0), tl.program_id(1) // (D // GROUP), tl.program_id(2)
     group = tl.program_id(1) % (D // GROUP) * GROUP
-    count, _ = _count(counts_ptr, b, P)
+    count, right = _count(counts_ptr, b, P)
     step = tl.cast(D * _TILE, tl.int64)  # from tile to tile
     tiles_ptr += b * (tiles * step)
     ids_ptr += tl.cast(b, tl.int64) * P
@@ -318,7 +323,7 @@ def _gradient_kernel(
                 part = tl.sum(slope * (tl.load(x_ptr + at + i)[None, :] - tl.load(y_ptr + at + j)[:, None]), 0)
                 total += tl.where(channel[:, None] == d, part[None, :], 0.0)  # one add: a register's channel is known
                 tl.debug_barrier()  # or the assembler begins with the loads of all channels, and spills
-    total = tl.where(live[None, :], total, 0.0)
+    total = tl.where(right, tl.where(live[None, :], total, 0.0), float("nan"))
     at = ((split * tl.num_programs(2) + b) * tl.cast(P, tl.int64) + first + i[None, :]) * channels
     at += group + channel[:, None]
     tl.store(out_ptr + at, total, (first + i < P)[None, :] & (group + channel < channels)[:, None])
@@ -328,7 +333,9 @@ def _tiles(embeddings: Tensor, counts: Tensor | None) -> tuple[Tensor, int]:  # 
     batch, pixels, channels = embeddings.shape
     group = min(triton.next_power_of_2(channels), GROUP)
     groups = triton.cdiv(channels, group)
-    tiles = embeddings.new_empty(batch, triton.cdiv(pixels, TILE), groups * group, TILE, dtype=torch.float32)
+    tiles = torch.empty(
+        batch, triton.cdiv(pixels, TILE), groups * group, TILE, dtype=torch.float32, device=embeddings.device
+    )
     _tiles_kernel[(tiles.shape[1], groups, batch)](
         embeddings, counts, tiles, pixels, channels, *embeddings.stride(), D=groups * group, GROUP=group, num_warps=4
     )
@@ -341,7 +348,7 @@ def _sums_in_triton(embeddings: Tensor, ids: Tensor, counts: Tensor | None, marg
     with torch.cuda.device_of(embeddings):
         tiles, _ = _tiles(embeddings, counts)
         blocks = triton.cdiv(pixels, launch.rows)
-        sums = tiles.new_empty(batch, tiles.shape[1], blocks, 4)
+        sums = torch.empty(batch, tiles.shape[1], blocks, 4, dtype=torch.float32, device=tiles.device)
         _sums_kernel[(blocks, tiles.shape[1], batch)](
             tiles, ids.contiguous(), counts, sums, pixels, tiles.shape[1], margin,
             D=tiles.shape[2], ROWS=launch.rows, COLUMNS=launch.columns, num_warps=1,
@@ -358,7 +365,7 @@ def _gradient_in_triton(grad, pairs, embeddings, ids, counts, margin, pull_weigh
         splits = min(triton.cdiv(launch.programs, blocks * groups * batch), tiles.shape[1])
         span = triton.cdiv(tiles.shape[1], splits)
         splits = triton.cdiv(tiles.shape[1], span)
-        parts = tiles.new_empty(splits, batch, pixels, channels)
+        parts = torch.empty(splits, batch, pixels, channels, dtype=torch.float32, device=tiles.device)
         _gradient_kernel[(blocks, splits * groups, batch)](
             tiles, ids.contiguous(), counts, grad, pairs, parts, pixels, channels, tiles.shape[1], span,
             margin, pull_weight, push_weight,

@@ -137,6 +137,7 @@ def backward(
     dW = gamma G + db beta^T,  db = sum of dZ,  dgamma = sum over D of W G,  dbeta = W^T db.
     """
     groups, heads, width, _ = weight.shape
+    scale, mean, rstd = (None if t is None else t.contiguous() for t in (scale, mean, rstd))
     launch = launch_for(LAUNCHES, x[0].device)
     s, unit, db, v = _upstream(dy.contiguous(), x, scale, mean, rstd, z, launch, gelu, normalize)
     if through_cublas(x[0], heads * width, launch.cublas_backward):
@@ -163,11 +164,11 @@ def _upstream(dy, x, scale, mean, rstd, z, launch, gelu, normalize) -> tuple[Ten
     grid = (columns.pop("tiles") * parts, len(x))
     common = columns | addresses(x, launch)[0] | {"GELU": gelu, "NORMALIZE": normalize, "chunk": 8 * block_m}
     common |= {"z_ptr": z if len(z) else None, "BLOCK_M": block_m, "num_warps": warps_for(block_m * columns["BLOCK_N"])}
-    partial = lambda: torch.empty(parts, len(x), n, device=dy.device)  # noqa: E731
+    partial = lambda: torch.empty(parts, len(x), n, dtype=torch.float32, device=dy.device)  # noqa: E731
     tensors = {"dy_ptr": dy, "scale_ptr": scale, "mean_ptr": mean, "rstd_ptr": rstd}
     nothing = dict.fromkeys(("unit_ptr", "s_ptr", "peak_ptr", "db_ptr", "v_ptr"))
     with torch.cuda.device_of(dy):
-        unit = torch.ones(len(x), n, device=dy.device)
+        unit = torch.ones(len(x), n, dtype=torch.float32, device=dy.device)
         if x[0].dtype == torch.float16:
             # float16 holds no number under 6e-8, and gradients are often smaller: powers of 2 bring columns near 2^14
             peak = partial()
@@ -188,7 +189,7 @@ def _summed_products(s: Tensor, x: Sequence[Tensor], launch: Launch) -> Tensor: 
     tiles, rows = triton.cdiv(n, block_n) * triton.cdiv(channels, tile.rows), max(map(len, x))
     steps = triton.cdiv(rows, tile.depth)
     parts = min(max(launch.programs // (tiles * len(x)), 1), max(steps // 4, 1))
-    out = torch.empty(parts, len(x), n, channels, device=s.device)
+    out = torch.empty(parts, len(x), n, channels, dtype=torch.float32, device=s.device)
     found, features = addresses(x, launch)
     with torch.cuda.device_of(s):
         _gradient_kernel[tiles, len(x), parts](

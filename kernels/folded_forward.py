@@ -149,11 +149,13 @@ def forward(
     device, tokens = x[0].device, sum(map(len, x))
     launch = launch_for(LAUNCHES, device)
     folded, shift = fold(*(None if t is None else t.float() for t in (weight, bias, gamma, beta)))
-    folded = folded.to(torch.bfloat16 if x[0].dtype in QUANTISED else x[0].dtype).flatten(1, 2)
-    sums, shift = folded.sum(-1, dtype=torch.float32), shift.flatten(1)
+    # contiguous: folding keeps the strides of the caller's weight and bias, and kernels count on none
+    folded = folded.to(torch.bfloat16 if x[0].dtype in QUANTISED else x[0].dtype).flatten(1, 2).contiguous()
+    sums, shift = folded.sum(-1, dtype=torch.float32), shift.flatten(1).contiguous()
+    scale, mean, rstd = (None if t is None else t.contiguous() for t in (scale, mean, rstd))
     y = torch.empty(tokens, heads, width, dtype=out_dtype, device=device)
     z = torch.empty(tokens if keep and (gelu or normalize) else 0, heads, width, dtype=out_dtype, device=device)
-    made = [torch.empty(tokens if mean is None else 0, device=device) for _ in range(2)]
+    made = [torch.empty(tokens if mean is None else 0, dtype=torch.float32, device=device) for _ in range(2)]
     after = {"GELU": gelu, "NORMALIZE": normalize}
     if mean is not None and through_cublas(x[0], heads * width, launch.cublas):
         # float16 could overflow where the correction has yet to bring it down
@@ -166,7 +168,7 @@ def forward(
     apart = normalize and triton.next_power_of_2(width) > tile.columns  # no tile holds a head's columns
     columns = columns_of(heads, width, normalize and not apart, tile.columns)
     known = made if mean is None else (mean, rstd)
-    target = torch.empty(tokens, heads, width, device=device) if apart else y
+    target = torch.empty(tokens, heads, width, dtype=torch.float32, device=device) if apart else y
     grid = (columns.pop("tiles") * triton.cdiv(max(map(len, x)), tile.rows), groups)
     found, features = addresses(x, launch)
     with torch.cuda.device_of(x[0]):

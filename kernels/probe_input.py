@@ -72,7 +72,7 @@ def grouped_probe_input(
     out_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor | list[Tensor]:  # [..., P, D], or P of [..., D]
-    """`probe_input` of P probes: on one tensor by one product, which reads it once, on P tensors by one launch.
+    """`probe_input` of P probes: on one tensor by one product, on P tensors by one launch, or by P of cuBLAS.
 
     Everything else, and what raises ValueError, is as in `probe_input`.
     """

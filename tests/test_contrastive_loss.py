@@ -237,3 +237,30 @@ def test_what_does_not_fit_is_said():
         contrastive_loss(f, ids, margin=-1)
     with pytest.raises(ValueError, match="impl must be one of auto, triton, torch"):
         contrastive_loss(f, ids, impl="cuda")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_counts_ids_and_embeddings_of_any_strides_and_integers(impl):
+    f, ids = scenes(4, 9, 5)
+    counts = torch.tensor([9, 0, 3, 0, 5, 0, 9, 0], device=DEVICE)[::2]
+    turned = f.transpose(1, 2).contiguous().transpose(1, 2)
+    wanted, gradient = reference(f, ids, counts)
+    for one in (counts, counts.int(), counts.to(torch.uint8)):
+        got, ours_gradient = ours(turned, ids.T.contiguous().T, impl, counts=one)
+        assert got == pytest.approx(wanted, rel=1e-6)
+        torch.testing.assert_close(ours_gradient.double(), gradient, rtol=1e-5, atol=1e-6)
+    args = (turned.requires_grad_(), ids, counts, 1.0, 1.0, 1.0, impl == "triton")
+    torch.library.opcheck(module._loss, args)
+
+
+def test_wrong_counts_that_nobody_looked_at_make_loss_and_gradient_nan(monkeypatch):
+    """As on CUDA, where a look at them would wait for the device."""
+    monkeypatch.setattr(module, "_check_counts", lambda counts, pixels: None)
+    f, ids = scenes(1, 17, 4)
+    for wrong in (18, -1):
+        counts = torch.tensor([wrong], device=DEVICE)
+        loss, gradient = ours(f, ids, "triton", counts=counts)
+        assert loss != loss
+        assert gradient.isnan().all()
+        with pytest.raises(ValueError, match=r"counts must be 0 .. 17 pixels"):
+            ours(f, ids, "torch", counts=counts)

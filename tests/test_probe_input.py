@@ -191,7 +191,7 @@ def gradients(x, known, parameters, upstream, **options):
     return [p.grad for p in ours], [p.grad for p in exact]
 
 
-@pytest.mark.parametrize("size", [(130, 40, 33, True), (7, 17, 5, False), (600, 9, 1, True)], ids=str)
+@pytest.mark.parametrize("size", [(130, 40, 33, True), (7, 17, 1, False), (300, 9, 40, True)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_every_dtype(dtype, size):
     x, known, parameters = make(dtype, *size[:3], seed=1)
