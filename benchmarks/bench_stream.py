@@ -33,7 +33,7 @@ from spatialprobe.probes.data import FeatureLoader
 SHAPE, POOL = (21, 30, 52, 1536), (15, 26)  # Wan-1.3B's features of a window, and the study's probe grid
 LAYER, STEP, WINDOW = 18, 749, 81
 NAME, ROWS = tensor_name(LAYER, STEP), [(f + 3) // 4 for f in range(WINDOW)]
-CLIPS = {"whole files": 24, "full": 24, "published": 24, "pooled": 96, "fp8": 96}  # small files: more of them
+CLIPS = {"whole files": 32, "full": 32, "published": 32, "pooled": 96, "fp8": 96}  # small files: more of them
 DISTINCT = 8  # contents; making each takes longer than writing it
 VIEWS, BATCH, WORKERS, ROUNDS = 8, 8, 2, 3
 FRAMES = FrameSelection(window=WINDOW)

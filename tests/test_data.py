@@ -15,6 +15,7 @@ from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from spatialprobe.engine import ranges
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
@@ -77,6 +78,12 @@ IDS = [f"train/clip{i}" for i in range(11)]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     return make_store(tmp_path_factory.mktemp("data") / "store", IDS).root
+
+
+@pytest.fixture(autouse=True)
+def small_head(monkeypatch):
+    """These files are small; so that features are read from the disk, and not with the header."""
+    monkeypatch.setattr(ranges, "HEAD", 512)
 
 
 @pytest.fixture
