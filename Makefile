@@ -1,4 +1,4 @@
-# make demo   render scenes, build tiny models, extract their features, write demo/index.html
+# make demo   render scenes, build tiny models, extract their features, train probes, write demo/index.html (2 minutes)
 # make test   all tests that need no GPU
 # make bench  extract, streaming (9 GB of disk, given back), probes, kernels, and the grouping against its peers;
 #             RECORD=--record writes benchmarks/results

@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     from spatialprobe.probes.cli import add_probe_command  # the one place where the engine knows of probes
 
     add_probe_command(command)
-    sub = command("demo", demo, "render scenes, build tiny models, extract, and write a page about it")
+    sub = command("demo", demo, "render scenes, build tiny models, extract, train probes, and write a page about it")
     sub.add_argument("--out", default="demo", help="folder to write (default: demo)")
     return top
 

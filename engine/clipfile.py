@@ -67,6 +67,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     same_order = json.loads(json.dumps(provenance, sort_keys=True, allow_nan=False))
+    same_order.pop("checksum", None)  # another file's, whose provenance this one takes over
     text = json.dumps({"checksum": _NO_CHECKSUM.decode()} | same_order)  # first, so that its place is found
     header, offset = {"__metadata__": {METADATA_KEY: text}}, 0
     for name in order:

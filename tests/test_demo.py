@@ -1,37 +1,66 @@
 """The demo, small: whole stores, and a page that stands alone and shows every clip."""
 
+import json
+import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.demo import probes as demo_probes
 from spatialprobe.engine.demo import run as demo
 from spatialprobe.engine.demo.page import principal_colours
+from spatialprobe.engine.demo.probe_section import COLUMNS, ROWS
+from spatialprobe.engine.demo.probes import SETTINGS
 from spatialprobe.engine.store import FeatureStore
 
 
 def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "SCENES", 2)
+    monkeypatch.setattr(demo, "SCENES", 3)
     monkeypatch.setattr(demo, "HEIGHT", 64)
     monkeypatch.setattr(demo, "WIDTH", 96)
     sized = {name: words | {"options": {"size": "64x96"}} for name, words in demo.MODELS.items()}
     monkeypatch.setattr(demo, "MODELS", sized)
+    quick = {"tagging": {"epochs": 1}, "instance": {"epochs": 1, "pixels": 64}, "geometry": {"epochs": 1}}
+    monkeypatch.setattr(demo_probes, "SETTINGS", {task: words | quick[task] for task, words in SETTINGS.items()})
+    monkeypatch.setattr(demo, "SETTINGS", demo_probes.SETTINGS)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
     stores = {name: FeatureStore.open(out / "stores" / name) for name in demo.MODELS}
     assert [len(store.spec.tensors()) for store in stores.values()] == [4, 1]  # two steps of two layers, one layer
-    assert all(len(store) == 2 and store.verify() == [] for store in stores.values())
+    assert all(len(store) == 3 and store.verify() == [] for store in stores.values())
+    assert FeatureStore.open(out / "stores" / "noise").verify() == []
     page = (out / "index.html").read_text()
     for clip_id in stores["wan-t2v"].ids():
         assert clip_id in page
-    assert page.count('src="data:image/png;base64,') == 2 * 3 * (1 + 4 + 1)  # clips x frames x (pixels, wan, qwen)
+    pictures = 6 + 2  # of layers and curves of each task, groups and depth
+    images = 3 * 3 * (1 + 4 + 1)  # clips x frames x (pixels, wan, qwen)
+    assert page.count('src="data:image/png;base64,') == images + pictures
+    check_results(page, out / "probes")
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing from anywhere else
     assert "random weights" in page
     assert "every file read back whole" in page
     assert str(out / "index.html") in capsys.readouterr().out
     assert main(["demo", "--out", str(out)]) == 0  # again, over its own folder
+
+
+def check_results(page: str, folder: Path) -> None:
+    """The table's rows are the numbers in the result files, of the probe with the least validation loss."""
+    rows = {}
+    for name, words in ROWS.items():
+        cells = re.search(f"<tr><td>{words}</td>(.*?)</tr>", page).group(1)
+        rows[name] = re.findall(r"<td>(.*?)</td>", cells)
+        expected = []
+        for task, metrics in COLUMNS.items():
+            results = json.loads((folder / task / name / "results.json").read_text())
+            assert len(results) == (4 if name == "vgm" else 1)
+            best = min(results, key=lambda result: result["metrics"]["loss"])["metrics"]
+            expected += ["-" if best[m] is None or math.isnan(best[m]) else f"{best[m]:.3f}" for m in metrics]
+        assert rows[name] == expected
+    assert len({tuple(cells) for cells in rows.values()}) == len(rows)  # each its own probes
 
 
 def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, capsys):

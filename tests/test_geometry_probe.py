@@ -410,7 +410,7 @@ def test_camera_decoder_reads_the_camera_token_or_the_mean_patch(readout):
         assert tokens.pairs[0].grad is None
 
 
-def test_without_a_backbone_cameras_are_read_from_all_patches_in_any_order():
+def test_without_a_backbone_cameras_see_all_patches_in_any_order():
     torch.manual_seed(0)
     head, tokens = GeometryHead(16, small(depth=0), FACTS), tokens_of(0)
     shuffled = Tokens([x[:, :, torch.randperm(GRID[0] * GRID[1])] for x in tokens.pairs], GRID)

@@ -1,9 +1,12 @@
-"""The demo's page: one self-contained HTML file with frames, feature images, stage times and store sizes."""
+"""The demo's page: one self-contained HTML file with frames, feature images, stage times and store sizes.
+
+What probes say is `probe_section.py`'s and comes as HTML.
+"""
 
 import base64
 import io
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,6 +24,7 @@ from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FrameSelection
 
 SHOWN = (0, 8, 16)  # frames of each clip; every model has rows that see them
+OPEN = 2  # clips that are seen at once; the others unfold
 
 CSS = """
 :root { --ink: #1c2024; --soft: #60666d; --line: #dfe3e8; --back: #fbfbfa; --bar: #3b7dd8; }
@@ -36,6 +40,11 @@ p, figcaption, td, th { color: var(--soft); } b, h1, h2, td:first-child { color:
 .scroll { overflow-x: auto; } .scroll .grid { min-width: 46rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 td, th { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); font-weight: 400; }
+.numbers { min-width: 40rem; } .numbers :is(td, th):not(:first-child) { text-align: right; }
+.numbers td { color: var(--ink); } .numbers [colspan] { border-bottom: 0; }
+summary { cursor: pointer; margin-top: 1.2rem; }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)); }
+figure { margin: 0; } figure img { width: 100%; display: block; border-radius: 3px; } figcaption { font-size: .8rem; }
 td.bar { width: 45%; } td.bar div { background: var(--bar); height: .7rem; border-radius: 2px; }
 code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { overflow-x: auto; white-space: pre-wrap; }
 """
@@ -61,29 +70,34 @@ class Showcase:
         return shlex.join([*words, *(f"--{k}={v}" for k, v in job.options.items())])
 
 
-def write_page(root: Path, shows: list[Showcase], frames: int, seconds: float) -> Path:
-    """Writes `root`/index.html and returns its path."""
+def write_page(root: Path, shows: list[Showcase], probes: Iterable[str], frames: int, seconds: float) -> Path:
+    """Writes `root`/index.html and returns its path. `probes`: lines of HTML between the clips and the runs."""
     images = {
         (show.name, layer, step): feature_images(show.store, layer, step)
         for show in shows
         for layer, step in show.store.spec.tensors()
     }
-    body = [
-        "<h1>spatialprobe: what two models make of six rooms</h1>",
-        f"<p>Rendered scenes, <b>models with random weights</b>, genuine checkpoint layouts and the engine's own path "
-        f"from clip to disk, in {seconds:.0f} s. A feature image shows the first three principal components of a "
-        f"layer's features, over all clips, as red, green and blue. With random weights it shows that features keep "
-        f"their place and time, not what a trained model knows.</p>",
-        "<h2>Clips and features</h2>",
-    ]
+    clips = []
     for ref in job_clips(shows[0].job):
         clip = load_clip(ref, FrameSelection(window=frames))
         kind = "video" if Path(ref.source).is_file() else "image folder"
-        body.append(f'<div class="clip"><b>{escape(ref.id)}</b> <small>{kind}, {frames} frames</small>')
         columns = {"frame": [clip.frames[f].permute(1, 2, 0).numpy() for f in SHOWN]}
         for (name, layer, step), by_clip in images.items():
             columns[f"{name} block {layer}" + ("" if step is None else f", step {step}")] = by_clip[ref.id]
-        body += [image_grid(columns), "</div>"]
+        title = f"<b>{escape(ref.id)}</b> <small>{kind}, {frames} frames</small>"
+        clips.append(f'<div class="clip">{title}{image_grid(columns)}</div>')
+    body = [
+        f"<h1>spatialprobe: what two models make of {len(clips)} rooms</h1>",
+        f"<p>Rendered scenes, <b>models with random weights</b>, genuine checkpoint layouts and the engine's own path "
+        f"from clip to disk and from disk to trained probes, in {seconds:.0f} s. A feature image shows the first three "
+        f"principal components of a layer's features, over all clips, as red, green and blue. With random weights it "
+        f"shows that features keep their place and time, not what a trained model knows.</p>",
+        "<h2>Clips and features</h2>",
+        *clips[:OPEN],
+    ]
+    if clips[OPEN:]:
+        body += [f"<details><summary>{len(clips) - OPEN} more</summary>", *clips[OPEN:], "</details>"]
+    body += probes
     for show in shows:
         body += run_section(show)
     page = root / "index.html"
@@ -157,4 +171,8 @@ def image_grid(columns: dict[str, list[np.ndarray]]) -> str:
 def data_uri(image: np.ndarray) -> str:  # uint8 [H, W, 3]
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return png_uri(buffer.getvalue())
+
+
+def png_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

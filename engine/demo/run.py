@@ -1,4 +1,4 @@
-"""`engine demo`: scenes, tiny models, extraction, verification and a page about it, with no network and no GPU."""
+"""`engine demo`: scenes, tiny models, extraction, verification, probes and a page, with no network and no GPU."""
 
 import json
 import shutil
@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 from spatialprobe.engine.demo.page import Showcase, write_page
+from spatialprobe.engine.demo.probe_section import probe_section
+from spatialprobe.engine.demo.probes import SETTINGS, train_task, write_noise
 from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny_checkpoints import TINY
@@ -14,12 +16,12 @@ from spatialprobe.engine.progress import summary
 from spatialprobe.engine.run import run_job
 
 FRAMES, HEIGHT, WIDTH = 17, 160, 256
-SCENES = 6  # half of them videos, half image folders
+SCENES = 12  # half of them videos, half image folders
 
 MARK = ".made-by-engine-demo"
-MADE = {MARK, "scenes", "clips.jsonl", "checkpoints", "stores", "index.html"}
+MADE = {MARK, "scenes", "clips.jsonl", "checkpoints", "stores", "probes", "index.html"}
 
-MODELS = {  # name of the tiny checkpoint -> the words of its job
+MODELS = {  # name of the tiny checkpoint -> the words of its job: a video generator, then a vision-language model
     "wan-t2v": {"layers": "1,3", "steps": "749,900", "options": {"size": f"{HEIGHT}x{WIDTH}"}},
     # a token of Qwen3-VL is 32 pixels wide, Wan's 16: twice the size gives the same grid
     "qwen3-vl": {"layers": "3", "query": "::4", "options": {"size": f"{2 * HEIGHT}x{2 * WIDTH}"}},
@@ -27,7 +29,8 @@ MODELS = {  # name of the tiny checkpoint -> the words of its job
 
 
 def run_demo(out: str) -> int:
-    """Writes everything below `out`; returns 0 if all clips were extracted and every file reads back whole."""
+    """Writes everything below `out`; returns 0 if all clips were extracted, every file reads back whole and no probe's
+    loss stopped being finite."""
     root, started = Path(out), time.perf_counter()
     foreign = sorted(path.name for path in root.iterdir() if path.name not in MADE) if root.is_dir() else []
     if foreign or (root.exists() and not (root / MARK).exists() and any(root.iterdir())):
@@ -47,9 +50,17 @@ def run_demo(out: str) -> int:
         report, store = run_job(job)
         print(summary(report, store.root))
         shows.append(Showcase(name, job, report, store, store.verify()))
-    page = write_page(root, shows, FRAMES, time.perf_counter() - started)
+    vgm, vlm = (show.store for show in shows)
+    others = {"vlm": vlm, "noise": write_noise(root / "stores" / "noise", vgm)}
+    trained = {}
+    for task in SETTINGS:
+        print(f"training {task} probes")
+        trained[task] = train_task(task, root / "probes" / task, vgm, others, root / "scenes")
+    page = write_page(root, shows, probe_section(trained), FRAMES, time.perf_counter() - started)
     print(f"{time.perf_counter() - started:.0f} s in all; now open {page}")
-    return 0 if all(show.report.written == SCENES and not show.problems for show in shows) else 1
+    whole = all(show.report.written == SCENES and not show.problems for show in shows)
+    diverged = any(probes.diverged for by_features in trained.values() for probes in by_features.values())
+    return 0 if whole and not diverged else 1
 
 
 def render_scenes(root: Path) -> Path:
