@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from spatialprobe.engine.demo.tiny_checkpoints import build_wan_t2v
+from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.kernels.pool_features import accumulate
 

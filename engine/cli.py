@@ -18,6 +18,7 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
     "model": ("NAME", "preset (see `engine models`), Hub id, or local folder"),
     "out": ("STORE", "folder of the feature store; run the same command again to resume"),
     "revision": ("REV", "branch, tag or commit of a Hub id"),
+    "family": ("NAME", "of a checkpoint whose own configs do not say which it is"),
     "layout": ("KIND", "videos, images, list, scannet or dl3dv; default: recognise it"),
     "targets": ("DIR", "dl3dv: folder of the processed targets, for start_idx"),
     "layers": ("I,J", "blocks, from 0; hsK is hidden_states[K], block K-1 (default: the study's)"),
@@ -82,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--merge-steps", action="store_true", default=None, help="store the mean over steps, not each")
     sub.add_argument("--prompt", metavar="TEXT", help="short for --option prompt=TEXT")
     sub.add_argument("--size", metavar="HxW", help="short for --option size=HxW: pixels of the model's input")
+    sub.add_argument("--tap", metavar="PART", help="short for --option tap=PART: vision is a VLM's encoder")
+    sub.add_argument("--pos-embed", metavar="HOW", help="short for --option pos_embed=HOW: native, none or shuffled")
     sub.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a setting of the family")
     sub.add_argument("--job", metavar="FILE", help="TOML file with the same words as keys; flags win over it")
     sub.add_argument("--retry-failed", action="store_true", help="only clips that failed before")
@@ -154,11 +157,11 @@ def extract(args: argparse.Namespace) -> int:
 def read_job(args: argparse.Namespace) -> "Job":
     from dataclasses import fields
 
-    from spatialprobe.engine.job import Job
+    from spatialprobe.engine.job import SHORT_OPTIONS, Job
 
     given = {f.name: getattr(args, f.name, None) for f in fields(Job) if f.name != "options"}
     words = {name: value for name, value in given.items() if value is not None}
-    options = {name: getattr(args, name) for name in ("prompt", "size") if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in SHORT_OPTIONS if getattr(args, name) is not None}
     for item in args.option:
         name, equals, value = item.partition("=")
         if not equals:

@@ -14,6 +14,7 @@ from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, FrameSelection
 
+SHORT_OPTIONS = ("size", "prompt", "tap", "pos_embed")  # options of families that are flags too
 ALL = 0  # as window: every frame from `start` on
 
 
@@ -25,6 +26,7 @@ class Job:
     model: str  # preset name, Hub id, or local folder
     out: str  # the store
     revision: str | None = None  # of a Hub id
+    family: str | None = None  # of a checkpoint whose own configs do not say
     layout: str = "auto"
     targets: str | None = None  # DL3DV: folder of the processed targets, which hold start_idx
     layers: list[int] | None = None  # default: the blocks the study used for this preset
@@ -52,7 +54,7 @@ class Job:
     def from_words(cls, words: dict[str, Any], job_file: str | None = None) -> "Job":
         """Words of the command line over those of a job file. Raises ValueError for unknown, missing or odd ones."""
         merged = _read_job_file(Path(job_file)) if job_file else {}
-        short = {name: merged.pop(name) for name in ("size", "prompt") if name in merged}  # as the flags have them
+        short = {name: merged.pop(name) for name in SHORT_OPTIONS if name in merged}  # as the flags have them
         options = table("options", merged.get("options", {})) | short | words.get("options", {})
         merged = merged | words | {"options": options}
         known = {f.name for f in fields(cls)}
@@ -165,10 +167,10 @@ def resolve(job: Job) -> Resolved:
     """The spec and adapter of a job. Reads the checkpoint's configs, no weights."""
     preset = PRESETS.get(job.model)
     checkpoint = _open(job, preset)
-    family = detect_family(checkpoint)
+    family = _family(job, preset, checkpoint)
     defaults, cls = FAMILIES[family], adapter_class(family)
     device = _device(job.device)
-    options, compute_dtype = _compute(job, cls, device)
+    options, compute_dtype = _compute(job, cls, preset, device)
     try:
         adapter = cls(checkpoint, options)
     except KeyError as error:
@@ -188,7 +190,7 @@ def resolve(job: Job) -> Resolved:
             query=defaults.query if job.query is None else job.query,
             short=job.short,
         ),
-        pool=_pool(job, preset),
+        pool=_pool(job, preset, adapter),
         dtype=job.store_dtype,
         compute_dtype=compute_dtype,
         device=device.type,
@@ -202,6 +204,12 @@ def resolve(job: Job) -> Resolved:
     batch = 1 if device.type == "cpu" else job.batch
     loaders = job.loaders or (2 if device.type == "cpu" else min(16, os.cpu_count() or 2))
     return Resolved(spec, adapter, max(spec.layers) + 1, device, batch, loaders, about)
+
+
+def _family(job: Job, preset, checkpoint: Checkpoint) -> str:
+    if job.family is not None and job.family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {job.family!r}")
+    return job.family or (preset.family if preset else detect_family(checkpoint))
 
 
 def _open(job: Job, preset) -> Checkpoint:
@@ -224,7 +232,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _compute(job: Job, cls: type[Adapter], device: torch.device) -> tuple[dict, str]:
+def _compute(job: Job, cls: type[Adapter], preset, device: torch.device) -> tuple[dict, str]:
     """The family's options with the user's over them, and the compute dtype."""
     if job.compute not in ("default", "parity"):
         raise ValueError(f"compute must be 'default' or 'parity', got {job.compute!r}")
@@ -245,7 +253,7 @@ def _compute(job: Job, cls: type[Adapter], device: torch.device) -> tuple[dict, 
         if job.compute_dtype not in (None, "bfloat16"):
             raise ValueError(f"compute parity means compute_dtype=bfloat16, but {job.compute_dtype} was asked for")
         chosen, dtype = chosen | cls.PARITY, "bfloat16"
-    return cls.OPTIONS | chosen, dtype
+    return cls.OPTIONS | (preset.options if preset else {}) | chosen, dtype
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
@@ -277,9 +285,16 @@ def parse_size(name: str, text: str) -> tuple[int, int]:
 
 
 def _layers(job: Job, preset, adapter: Adapter) -> tuple[int, ...]:
-    if job.layers is None and preset is None:
-        raise ValueError(f"layers must be given for a model that is no preset (blocks 0 .. {adapter.num_layers - 1})")
-    layers = sorted(set(preset.layers.values() if job.layers is None else job.layers))
+    chosen = job.layers
+    if chosen is None:
+        of_study = preset.layers if preset and _usual_tap(adapter) else {}
+        if not of_study:
+            last = adapter.num_layers - 1
+            raise ValueError(
+                f"layers must be given where the study used none (blocks 0 .. {last} of this model and tap)"
+            )
+        chosen = of_study.values()
+    layers = sorted(set(chosen))
     if not layers or layers[0] < 0 or layers[-1] >= adapter.num_layers:
         raise ValueError(f"layers must be blocks 0 .. {adapter.num_layers - 1}, got {layers}")
     return tuple(layers)
@@ -296,9 +311,14 @@ def _steps(job: Job, default: int | None, adapter: Adapter) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def _pool(job: Job, preset) -> tuple[int, int] | None:
+def _usual_tap(adapter: Adapter) -> bool:
+    """Whether the layers are those of the part of the model that presets are about."""
+    return adapter.options.get("tap") == adapter.OPTIONS.get("tap")
+
+
+def _pool(job: Job, preset, adapter: Adapter) -> tuple[int, int] | None:
     if job.pool is None:
-        return preset.pool if preset else None
+        return preset.pool if preset and _usual_tap(adapter) else None
     return None if job.pool == "none" else parse_size("pool", job.pool)
 
 

@@ -4,9 +4,10 @@
 the schedule of 1000 steps, noisiest first: Wan's step 749 is timestep 502. Importing this is quick: no torch.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spatialprobe.engine.adapter import Adapter
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Family:
     adapter: str  # "module:Class", imported when a model of the family is used
-    marks: tuple[str, ...]  # `_class_name` in model_index.json or `model_type` in config.json
+    marks: tuple[str, ...]  # `_class_name` in model_index.json or `model_type` in config.json; none: --family says it
     window: int  # frames, as in the published study
     query: str  # frames of the window whose features are wanted
     default_step: int | None = None
@@ -36,27 +37,41 @@ class Preset:
     repo: str  # Hugging Face id
     blocks: int
     channels: int
-    layers: dict[str, int]  # probe task -> block the published study used
+    layers: dict[str, int]  # probe task -> block the published study used; empty for a model it did not have
     grid: tuple[int, int, int]  # (T, H, W) tokens at the family's default window and size
+    weights: tuple[float, float]  # GB in bfloat16: what runs before the blocks, and one block
     pool: tuple[int, int] | None = None  # token grid the study's probes see; None is the model's own
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # the family's, where this model wants others than its defaults
+
+    @property
+    def clip_bytes(self) -> int:
+        """Of one clip's features of one layer and step in float16."""
+        rows, *grid = self.grid
+        return 2 * rows * math.prod(self.pool or grid) * self.channels
+
+    def memory_gb(self, layer: int) -> float:
+        """Weights on the device, in bfloat16, to run up to block `layer`."""
+        return self.weights[0] + (layer + 1) * self.weights[1]
 
 
-def _wan(repo: str, blocks: int, channels: int) -> Preset:
+def _wan(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
     layers = {"tagging": 18, "instance": 18, "geometry": 20}
-    return Preset("wan", repo, blocks, channels, layers, (21, 30, 52), (15, 26))
+    return Preset("wan", repo, blocks, channels, layers, (21, 30, 52), weights, (15, 26))
 
 
-def _qwen3_vl(repo: str, blocks: int, channels: int) -> Preset:
+def _qwen3_vl(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
     layers = dict.fromkeys(("tagging", "instance", "geometry"), 21)  # the study's hidden_states[22]
-    return Preset("qwen3_vl", repo, blocks, channels, layers, (20, 17, 30))
+    return Preset("qwen3_vl", repo, blocks, channels, layers, (20, 17, 30), weights)
 
 
 PRESETS = {
-    "wan2.1-t2v-1.3b": _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 1536),
-    "wan2.1-t2v-14b": _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 5120),
-    "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048),
-    "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560),
-    "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096),
+    "wan2.1-t2v-1.3b": _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 1536, (0.16, 0.093)),
+    "wan2.1-t2v-14b": _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 5120, (0.57, 0.703)),
+    "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
+    "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
+    "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),
 }
 
 
@@ -77,5 +92,5 @@ def detect_family(checkpoint: "Checkpoint") -> str:
     known = ", ".join(mark for family in FAMILIES.values() for mark in family.marks)
     raise ValueError(
         f"{checkpoint.root} says it is {marks[0] if marks else 'nothing'} "
-        f"(model_index.json or config.json); known are {known}"
+        f"(model_index.json or config.json); known are {known}; or name the family with --family"
     )

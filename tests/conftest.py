@@ -14,7 +14,8 @@ from PIL import Image
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when kernels are decorated
 
-from spatialprobe.engine.demo.tiny_checkpoints import build_qwen3_vl, build_wan_t2v
+from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
+from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from two, and spinning threads stall each other on busy cores
 

@@ -115,7 +115,7 @@ def test_export_and_import_bring_a_store_back(words, tmp_path, capsys):
         ({"layers": "4"}, "layers must be blocks 0 .. 3, got [4]"),
         ({"layers": "x"}, "layers must be a whole number from 0, got 'x'"),
         ({"layers": "hs0"}, "hsK, K must be a whole number from 1"),
-        ({"layers": None}, "layers must be given for a model that is no preset"),
+        ({"layers": None}, "layers must be given where the study used none"),
         ({"steps": "1000"}, "steps must be indices 0 .. 999"),
         ({"steps": "-1"}, "steps must be a whole number from 0, got '-1'"),
         ({"window": "0"}, "window, if not 'all', must be a whole number from 1"),

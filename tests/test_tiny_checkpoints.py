@@ -10,7 +10,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from spatialprobe.engine.demo.tiny_checkpoints import TINY, build_qwen3_vl, build_wan_t2v
+from spatialprobe.engine.demo.run import TINY
+from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
+from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 
 
 def files(folder):
@@ -64,7 +66,7 @@ def block_outputs(blocks, call):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: family.build(root / name) for name, family in TINY.items()}
+    return {name: build(root / name) for name, (build, _) in TINY.items()}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,8 @@ def qwen(folders):
 @pytest.mark.parametrize("name", TINY)
 def test_seed_decides_every_byte_and_nothing_else_is_drawn(folders, tmp_path, name):
     before = torch.random.get_rng_state()
-    same = files(TINY[name].build(tmp_path / "same", seed=0))
-    other = files(TINY[name].build(tmp_path / "other", seed=1))
+    same = files(TINY[name][0](tmp_path / "same", seed=0))
+    other = files(TINY[name][0](tmp_path / "other", seed=1))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert same == files(folders[name])
     assert set(same) == set(other)
@@ -97,7 +99,7 @@ def test_seed_decides_every_byte_and_nothing_else_is_drawn(folders, tmp_path, na
 
 
 def test_import_does_not_load_the_model_libraries():
-    code = "import sys, spatialprobe.engine.demo.tiny_checkpoints as _\n"
+    code = "import sys, spatialprobe.engine.demo.tiny.wan as _\n"
     code += "print({'diffusers', 'transformers'}.intersection(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
@@ -106,7 +108,7 @@ def test_import_does_not_load_the_model_libraries():
 def test_refuses_a_folder_in_use(folders, name):
     before = files(folders[name])
     with pytest.raises(ValueError, match="wanted a new or empty folder"):
-        TINY[name].build(folders[name], seed=1)
+        TINY[name][0](folders[name], seed=1)
     assert files(folders[name]) == before
 
 

@@ -10,7 +10,8 @@ from spatialprobe.engine.demo.probe_section import probe_section
 from spatialprobe.engine.demo.probes import SETTINGS, train_task, write_noise
 from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
-from spatialprobe.engine.demo.tiny_checkpoints import TINY
+from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
+from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.progress import summary
 from spatialprobe.engine.run import run_job
@@ -21,6 +22,10 @@ SCENES = 12  # half of them videos, half image folders
 MARK = ".made-by-engine-demo"
 MADE = {MARK, "scenes", "clips.jsonl", "checkpoints", "stores", "probes", "index.html"}
 
+TINY = {  # name -> what builds it, and what differs from the published sizes
+    "wan-t2v": (build_wan_t2v, "4 blocks of 2 heads x 24, VAE of 8 channels, UMT5 of 2 layers x 32"),
+    "qwen3-vl": (build_qwen3_vl, "5 layers of 4 heads x 16, ViT of 4 layers x 32, about 400 tokens"),
+}
 MODELS = {  # name of the tiny checkpoint -> the words of its job: a video generator, then a vision-language model
     "wan-t2v": {"layers": "1,3", "steps": "749,900", "options": {"size": f"{HEIGHT}x{WIDTH}"}},
     # a token of Qwen3-VL is 32 pixels wide, Wan's 16: twice the size gives the same grid
@@ -41,8 +46,9 @@ def run_demo(out: str) -> int:
     clips = render_scenes(root)
     shows = []
     for name, words in MODELS.items():
-        print(f"building {name}, {TINY[name].small}")
-        checkpoint = TINY[name].build(root / "checkpoints" / name)
+        build, small = TINY[name]
+        print(f"building {name}, {small}")
+        checkpoint = build(root / "checkpoints" / name)
         job = Job.from_words(
             {"clips": str(clips), "model": str(checkpoint), "out": str(root / "stores" / name), "window": FRAMES}
             | words
