@@ -1,5 +1,6 @@
 """What a model family must say about itself; everything else is shared. `engine/adapters/wan.py` is a whole one."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,6 +90,12 @@ def plan_clip(frames: int, adapter: Adapter, spec: FeatureSpec) -> tuple[Plan, t
     if spec.pool is not None and (spec.pool[0] > plan.grid[1] or spec.pool[1] > plan.grid[2]):
         raise ValueError(f"pool must be at most the model's {plan.grid[1]}x{plan.grid[2]} tokens, got {spec.pool}")
     return plan, plan.wanted_rows(query)
+
+
+def prompt_file(cache: Path, checkpoint: Checkpoint, *what: object) -> Path:
+    """Where `cached` keeps a prompt's embedding. `what`: the prompt, its padded length, the dtype, what else matters."""
+    key = "|".join([checkpoint.identity, *map(str, what)])
+    return cache / f"prompt-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
 def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -19,3 +19,8 @@ def resize(
     for f, frame in enumerate(pixels.numpy()):
         out[f] = Image.fromarray(frame).resize((size[1], size[0]), resample)
     return torch.from_numpy(out)
+
+
+def signed(video: Tensor, dtype: torch.dtype) -> Tensor:  # uint8 [F, H, W, 3] -> [1, 3, F, H, W] in -1..1
+    """Pixels as diffusers' video processors hand them to a VAE, rounded as they round them."""
+    return (2.0 * (video.permute(3, 0, 1, 2)[None].float() / 255.0) - 1.0).to(dtype).contiguous()

@@ -3,7 +3,6 @@
 The text encoder is needed once, for the prompt: its output is cached in the store, and it is gone before clips run.
 """
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached
+from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
-from spatialprobe.engine.images import resize
+from spatialprobe.engine.images import resize, signed
 from spatialprobe.engine.types import Clip, Plan
 
 NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many
@@ -105,9 +104,8 @@ class Wan(Adapter):
         self.latent_inverse_std = 1.0 / torch.tensor(self.vae_config["latents_std"]).view(shape).to(device, dtype)
 
     def _embed_prompt(self, cache: Path) -> Tensor:
-        prompt, tokens = self.options["prompt"], self.options["prompt_tokens"]
-        key = hashlib.sha256(f"{self.checkpoint.identity}|{prompt}|{tokens}|{self.dtype}".encode()).hexdigest()[:16]
-        return cached(cache / f"prompt-{key}.safetensors", self._run_text_encoder)["prompt"]
+        what = (self.options["prompt"], self.options["prompt_tokens"], self.dtype)
+        return cached(prompt_file(cache, self.checkpoint, *what), self._run_text_encoder)["prompt"]
 
     @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
@@ -137,8 +135,9 @@ class Wan(Adapter):
         return torch.cat([self._encode_one(video) for video in inputs["video"]])
 
     def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
-        pixels = (2.0 * (video.permute(3, 0, 1, 2)[None].float() / 255.0) - 1.0).to(self.dtype).contiguous()
-        return (self.vae.encode(pixels).latent_dist.mean - self.latent_mean) * self.latent_inverse_std
+        return (
+            self.vae.encode(signed(video, self.dtype)).latent_dist.mean - self.latent_mean
+        ) * self.latent_inverse_std
 
     def forward(self, state: Tensor, step: int, noise: Tensor) -> None:
         # The scheduler's add_noise, without its search for the timestep on the device, which would stall the queue.
