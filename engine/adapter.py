@@ -93,7 +93,7 @@ def plan_clip(frames: int, adapter: Adapter, spec: FeatureSpec) -> tuple[Plan, t
 
 
 def prompt_file(cache: Path, checkpoint: Checkpoint, *what: object) -> Path:
-    """Where `cached` keeps a prompt's embedding. `what`: the prompt, its padded length, the dtype, what else matters."""
+    """Where `cached` keeps a prompt's embedding. `what`: the prompt, its padded length, the dtype and the like."""
     key = "|".join([checkpoint.identity, *map(str, what)])
     return cache / f"prompt-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
