@@ -37,6 +37,10 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
     "loaders": ("N", "threads that decode and resize"),
     "writers": ("N", "threads that write"),
     "device": ("NAME", "cpu, cuda, cuda:1"),
+    "offload": (
+        "WHERE",
+        "blocks that do not fit: host (memory; each comes to the device while it runs) or spread (GPUs)",
+    ),
     "shard": ("I/N", "every N-th clip from the I-th, from 0"),
     "limit": ("N", "only the first N clips of the listing"),
 }
@@ -174,16 +178,25 @@ def read_job(args: argparse.Namespace) -> "Job":
 
 
 def models(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.presets import FAMILIES, PRESETS
+    from spatialprobe.engine.presets import FAMILIES, LEFT_OUT, PRESETS
 
-    print(f"{'preset':<18}{'blocks':>7}{'channels':>9}  {'tokens':<10}{'pool':<7}{'step':>5}  layers the study used")
+    print(
+        f"{'preset':<24}{'blocks':>7}{'channels':>9}  {'tokens':<10}{'pool':<7}{'step':>5}{'memory':>9}{'clip':>9}"
+        "  layers the study used"
+    )
     for name, p in PRESETS.items():
-        layers = ", ".join(f"{task} {layer}" for task, layer in p.layers.items())
-        step = FAMILIES[p.family].default_step
-        pool = "x".join(map(str, p.pool)) if p.pool else "-"
-        tokens = "x".join(map(str, p.grid))
-        step = "-" if step is None else step
-        print(f"{name:<18}{p.blocks:>7}{p.channels:>9}  {tokens:<10}{pool:<7}{step:>5}  {layers}")
+        layers = ", ".join(f"{task} {layer}" for task, layer in p.layers.items()) or "-"
+        step, pool = FAMILIES[p.family].default_step, "x".join(map(str, p.pool)) if p.pool else "-"
+        memory = p.memory_gb(max(p.layers.values(), default=p.blocks - 1))
+        print(
+            f"{name:<24}{p.blocks:>7}{p.channels:>9}  {'x'.join(map(str, p.grid)):<10}{pool:<7}"
+            f"{'-' if step is None else step:>5}{memory:>6.1f} GB{p.clip_bytes / 1e6:>6.0f} MB  {layers}"
+        )
+    print(
+        "memory: weights in bfloat16 up to the study's last layer, or of all blocks; clip: float16, one layer and step"
+    )
+    for name, why in LEFT_OUT.items():
+        print(f"left out: {name}, {why}")
     return 0
 
 

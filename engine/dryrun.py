@@ -31,7 +31,8 @@ def plan_lines(job: Job) -> Iterator[str]:
     todo = len(refs) - done
     yield f"clips    {len(refs)} in {job.clips}, {done} done, {todo} to do"
     yield f"model    {job.model}, family {spec.family}, {spec.weights}"
-    weights = adapter.weight_bytes(resolved.depth, COMPUTE_DTYPES[spec.compute_dtype])
+    held = 1 if spec.offload == "host" else resolved.depth
+    weights = adapter.weight_bytes(held, COMPUTE_DTYPES[spec.compute_dtype])
     yield f"blocks   {resolved.depth} of {adapter.num_layers} loaded and run, for layers {_list(spec.layers)}"
     if not adapter.num_steps:
         yield f"         (hidden_states {_list(layer + 1 for layer in spec.layers)} in transformers' counting)"
@@ -50,7 +51,7 @@ def plan_lines(job: Job) -> Iterator[str]:
     activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
     yield (
         f"memory   {_gb(weights)} weights + about {_gb(activations)} activations at batch {batch}, "
-        f"{spec.compute_dtype} on {resolved.device}"
+        f"{spec.compute_dtype} on {resolved.device}" + (f", offload {spec.offload}" if spec.offload != "none" else "")
     )
     clip = clip_bytes(spec, len(rows), kept, adapter.channels)
     out = Path(job.out).absolute()

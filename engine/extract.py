@@ -180,7 +180,7 @@ def run_batch(
 
         def receive(layer: int, tokens: Tensor, step: int | None = step) -> None:
             with clock.on_device("finish", out_of="blocks"):
-                x, onto = adapter.grid(tokens, state, plan), merged.pop(layer, None)
+                x, onto = adapter.grid(tokens.to(device), state, plan), merged.pop(layer, None)
                 if spec.merge_steps and step != spec.steps[-1]:
                     merged[layer] = accumulate(x, rows, spec.pool, onto, weight=weight)
                 else:

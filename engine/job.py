@@ -11,6 +11,7 @@ import torch
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
 from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.placement import OFFLOAD
 from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, FrameSelection
 
@@ -47,6 +48,7 @@ class Job:
     loaders: int | None = None  # threads that decode and resize; default: 2 on the CPU, for a GPU all cores up to 16
     writers: int = 2
     device: str | None = None
+    offload: str = "none"  # or where blocks lie that do not fit on the device: "host", "spread"
     shard: str | None = None  # "i/n", i from 0
     limit: int | None = None
 
@@ -194,6 +196,7 @@ def resolve(job: Job) -> Resolved:
         dtype=job.store_dtype,
         compute_dtype=compute_dtype,
         device=device.type,
+        offload=_offload(job, device),
         options={k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
         versions={name: version(name) for name in ("spatialprobe", "torch", "pillow", "av", *cls.LIBRARIES)},
     )
@@ -230,6 +233,16 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _offload(job: Job, device: torch.device) -> str:
+    if job.offload not in OFFLOAD:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOAD)}, got {job.offload!r}")
+    if job.offload == "spread" and (device.type != "cuda" or torch.cuda.device_count() < 2):
+        raise ValueError(
+            f"offload spread needs CUDA devices to spread over, this machine has {torch.cuda.device_count()}"
+        )
+    return job.offload
 
 
 def _compute(job: Job, cls: type[Adapter], preset, device: torch.device) -> tuple[dict, str]:

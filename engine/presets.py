@@ -74,6 +74,8 @@ PRESETS = {
     "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),
 }
 
+LEFT_OUT = {}  # models that were asked for and cannot be had -> why
+
 
 def adapter_class(family: str) -> "type[Adapter]":
     module, name = FAMILIES[family].adapter.split(":")

@@ -10,6 +10,7 @@ import torch
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
+from spatialprobe.engine.placement import check_fits, place
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.report import Report
 from spatialprobe.engine.sources import list_clips
@@ -79,10 +80,21 @@ def open_run(job: Job, *, retry_failed: bool = False) -> Run:
         if resolved.device.type == "cuda":
             torch.cuda.set_device(resolved.device)  # streams and events are made on the current device
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-        dtype = COMPUTE_DTYPES[resolved.spec.compute_dtype]
-        resolved.adapter.load(resolved.depth, resolved.device, dtype, out / "cache")
+        load(resolved, out / "cache")
     store = FeatureStore.create(out, resolved.spec, resolved.about)  # after loading: bad weights leave no store behind
     return Run(job, resolved, refs, store, missing)
+
+
+def load(resolved: Resolved, cache: Path) -> None:
+    """Loads a job's model to where its offload says. Raises ValueError for weights that cannot fit."""
+    adapter, device, offload = resolved.adapter, resolved.device, resolved.spec.offload
+    dtype = COMPUTE_DTYPES[resolved.spec.compute_dtype]
+    check_fits(adapter, resolved.depth, dtype, device, offload)
+    if offload == "none":
+        adapter.load(resolved.depth, device, dtype, cache)
+    else:
+        adapter.load(resolved.depth, torch.device("cpu"), dtype, cache)
+        place(adapter, device, offload)
 
 
 def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureStore]:

@@ -151,6 +151,7 @@ class FeatureSpec:
     dtype: str = "float16"  # key of STORE_DTYPES
     compute_dtype: str = "bfloat16"  # key of COMPUTE_DTYPES
     device: str = "cuda"  # device type; kernels differ in the last bits
+    offload: str = "none"  # "host", "spread": the prompt is then embedded on the CPU
     options: dict[str, Any] = field(default_factory=dict, hash=False)  # the family's own: prompt, size, tiling ...
     versions: dict[str, str] = field(default_factory=dict, hash=False)  # libraries whose release changes values
 
