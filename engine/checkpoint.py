@@ -17,6 +17,7 @@ from torch import nn
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # configs, tokenizers: all that a plan needs
 STEMS = ("model", "diffusion_pytorch_model")  # of weight files: transformers', diffusers'
+Stored = str | tuple[str, slice]  # a stored tensor's name, or that and the rows of it that are meant
 SAMPLE_BYTES = 512  # read at the start, middle and end of every tensor for the content hash
 
 
@@ -172,27 +173,31 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype,
     keep_fp32: tuple[str, ...] = (),
-    rename: Callable[[str], str] = lambda name: name,
+    rename: Callable[[str], Stored] = lambda name: name,
 ) -> None:
     """Fills a module built on the meta device from a checkpoint, reading only the tensors the module has.
 
-    `rename` turns a parameter's name into the checkpoint's. Parameters whose dotted name has a part in `keep_fp32`
-    stay float32. Raises ValueError for tensors the checkpoint lacks or that have another shape.
+    `rename` turns a parameter's name into the checkpoint's, and says which rows of that tensor it is where several
+    parameters are stored as one. Parameters whose dotted name has a part in `keep_fp32` stay float32. Raises
+    ValueError for tensors the checkpoint lacks or that have another shape.
     """
     files = checkpoint.tensor_files(folder)
-    wanted = {name: rename(name) for name in module.state_dict()}
-    missing = [stored for stored in wanted.values() if stored not in files]
+    renamed = {name: rename(name) for name in module.state_dict()}
+    wanted = {name: to if isinstance(to, tuple) else (to, None) for name, to in renamed.items()}
+    missing = [stored for stored, _ in wanted.values() if stored not in files]
     if missing:
         raise ValueError(
             f"{checkpoint.root / folder} lacks {len(missing)} of the {len(wanted)} tensors of "
             f"{type(module).__name__}, first {missing[0]}: is it a checkpoint of another family?"
         )
     with ExitStack() as stack:
-        shards = {f: stack.enter_context(_open_shard(checkpoint.file(f))) for f in {files[s] for s in wanted.values()}}
-        for name, stored in wanted.items():
-            if stored not in shards[files[stored]].keys():
+        needed = {files[stored] for stored, _ in wanted.values()}
+        shards = {file: stack.enter_context(_open_shard(checkpoint.file(file))) for file in needed}
+        for name, (stored, rows) in wanted.items():
+            shard = shards[files[stored]]
+            if stored not in shard.keys():
                 raise ValueError(f"{checkpoint.root / files[stored]} lacks {stored}, which its index promises")
-            value = shards[files[stored]].get_tensor(stored)
+            value = shard.get_tensor(stored) if rows is None else shard.get_slice(stored)[rows]
             owner, leaf = _owner(module, name)
             target = getattr(owner, leaf)
             if value.shape != target.shape:

@@ -43,6 +43,20 @@ def test_loads_values_dtypes_and_computed_buffers(saved):
     assert not any(p.requires_grad for p in net.parameters())
 
 
+def test_parameters_stored_as_one_tensor_are_read_as_rows_of_it(tmp_path):
+    stored = torch.arange(24.0).reshape(8, 3)
+    save_file({"both": stored}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(str(tmp_path))
+    net = empty_module(lambda: nn.ModuleDict({"q": nn.Linear(3, 4, False), "k": nn.Linear(3, 4, False)}))
+    rows = {"q.weight": slice(0, 4), "k.weight": slice(4, 8)}
+    load_weights(net, checkpoint, dtype=torch.float32, rename=lambda name: ("both", rows[name]))
+    assert torch.equal(net["q"].weight, stored[:4])
+    assert torch.equal(net["k"].weight, stored[4:])
+    assert checkpoint.bytes_read == stored.nbytes
+    with pytest.raises(ValueError, match=r"both must have shape \(4, 3\), got \(2, 3\)"):
+        load_weights(net, checkpoint, dtype=torch.float32, rename=lambda name: ("both", slice(6, 10)))
+
+
 def test_lacking_and_misshapen_tensors_are_named(saved):
     root, weights = saved
     with pytest.raises(ValueError, match=r"lacks 5 of the 5 tensors of Net, first other\."):
