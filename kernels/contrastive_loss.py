@@ -1,4 +1,4 @@
-"""The pull-push loss over sampled pixels of scenes, forward and backward, without a matrix of all their pairs.
+"""The pull-push loss over sampled pixels of scenes, forward and backward, without a tensor of all their pairs.
 
 Distances are sums of squared differences in float32, and so is their gradient: through dot products close pairs cancel.
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +36,8 @@ def contrastive_loss(
     """pull_weight * mean distance of pixels of one id + push_weight * mean of max(0, margin - distance) of others.
 
     Means are over all ordered pairs of two pixels of one scene, of all scenes together, and 0 where there are none
-    (De Brabandere et al. 2017 in the pairwise form of the published study). No P x P matrix is in memory.
+    (De Brabandere et al. 2017 in the pairwise form of the published study). Memory does not grow with P x P: pairs are
+    taken in parts, the largest, in torch on the CPU, the pairs of one scene of up to 2,048 pixels.
     The gradient has the dtype of the embeddings; that of a distance is 0 at distance 0, and that of the hinge is 0 at
     the margin. float32 ends distances at 1.8e19, beyond which they are infinite, and at 1.1e-19, below which they are
     0. An embedding that is not finite makes the loss NaN or infinite.
@@ -130,40 +132,63 @@ def _check_counts(counts: Tensor | None, pixels: int) -> None:
         raise ValueError(f"counts must be 0 .. {pixels} pixels, got {counts.tolist()}")
 
 
-# -- the definition, in blocks of rows --------------------------------------------------------------------------------
+# -- the definition, in parts of all pairs -----------------------------------------------------------------------------
 
 BLOCK = 2**23  # rows of a block x pixels x D: 32 MB in float32, which the backward pass on CUDA fills
+HALF = 2**21  # pairs i < j of a scene that are taken at once on the CPU: 8 MB in float32, 2,048 pixels
 
 
-def _blocks(embeddings: Tensor, ids: Tensor, counts: Tensor | None) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """Of each scene some rows against all its pixels: scene, rows, pixels [N, D], whether ids are equal [rows, N]."""
+@dataclass(frozen=True)
+class Part:
+    """Pairs of a scene's pixels: of its `rows` with all of them, or each two of all of them once."""
+
+    scene: int
+    pixels: Tensor  # [N, D]
+    rows: slice | None  # None: each two pixels once, which is much quicker on the CPU: torch's cdist is scalar there
+    equal: Tensor  # bool [R, N], or of pairs i < j in their order [N (N - 1) / 2]
+
+    def distance(self) -> Tensor:  # as equal
+        if self.rows is None:
+            return F.pdist(self.pixels)
+        return torch.cdist(self.pixels[self.rows], self.pixels, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def gradient(self, slope: Tensor, distance: Tensor) -> Tensor:
+        """Of the sum of slope * distance in the rows, [R, D], or in all pixels, [N, D]; 0 where distance is."""
+        if self.rows is None:
+            return torch.ops.aten._pdist_backward(slope, self.pixels, 2.0, distance)
+        return torch.ops.aten._cdist_backward(slope, self.pixels[self.rows], self.pixels, 2.0, distance)
+
+
+def _parts(embeddings: Tensor, ids: Tensor, counts: Tensor | None) -> Iterator[Part]:
+    """What covers all ordered pairs of each scene, where halves count twice; blocks of rows have pixels with itself."""
     batch, pixels, dims = embeddings.shape
     known = [pixels] * batch if counts is None else counts.tolist()
     if not 0 <= min(known) <= max(known) <= pixels:
         raise ValueError(f"counts must be 0 .. {pixels} pixels, got {known}")
+    first, second = None, None
     for b, count in enumerate(known):
-        scene, names = embeddings[b, :count].to(_working(embeddings)), ids[b, :count].long()
+        scene, names = embeddings[b, :count].to(_working(embeddings)).contiguous(), ids[b, :count].long()
+        if embeddings.device.type == "cpu" and 0 < count * (count - 1) // 2 <= HALF:
+            if first is None or len(first) != count * (count - 1) // 2:
+                first, second = torch.triu_indices(count, count, 1)
+            yield Part(b, scene, None, names.index_select(0, first) == names.index_select(0, second))
+            continue
         step = max(BLOCK // max(count * dims, 1), 1)
-        for first in range(0, count, step):
-            rows = slice(first, min(first + step, count))
-            yield b, rows, scene, names[rows, None] == names
-
-
-def _distances(rows: Tensor, pixels: Tensor) -> Tensor:  # [R, D], [N, D] -> [R, N]
-    return torch.cdist(rows, pixels, compute_mode="donot_use_mm_for_euclid_dist")
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            yield Part(b, scene, rows, names[rows, None] == names)
 
 
 def _sums_in_torch(embeddings: Tensor, ids: Tensor, counts: Tensor | None, margin: float) -> Tensor:
     """float64 [4]: sums of distances of one id and of hinges of others; pairs of one id; others."""
     sums = torch.zeros(4, dtype=torch.float64, device=embeddings.device)
-    for _, rows, pixels, equal in _blocks(embeddings, ids, counts):
-        distance = _distances(pixels[rows], pixels)  # of a pixel to itself 0
-        hinge = (margin - distance).relu()
-        sums[0] += distance.masked_fill(~equal, 0).sum(dtype=torch.float64)
-        sums[1] += hinge.masked_fill(equal, 0).sum(dtype=torch.float64)
-        ones = equal.sum()
-        sums[2] += ones - len(equal)
-        sums[3] += equal.numel() - ones
+    for part in _parts(embeddings, ids, counts):
+        distance, equal = part.distance(), part.equal
+        hinge = (margin - distance).relu_()
+        pull, push = torch.where(equal, distance, 0).sum(), torch.where(equal, 0, hinge).sum()
+        ones, itself = equal.count_nonzero(), 0 if part.rows is None else len(equal)
+        of_part = torch.stack([x.double() for x in (pull, push, ones - itself, equal.numel() - ones)])
+        sums += of_part * (2 if part.rows is None else 1)
     return sums
 
 
@@ -172,12 +197,12 @@ def _gradient_in_torch(grad, pairs, embeddings, ids, counts, margin, pull_weight
     pull, push = (2 * grad * torch.stack([grad.new_tensor(pull_weight), grad.new_tensor(push_weight)]) / pairs).to(
         _working(embeddings)
     )  # each pair counts twice
-    for b, rows, pixels, equal in _blocks(embeddings, ids, counts):
-        distance = _distances(pixels[rows], pixels)
-        slope = torch.where(equal, pull, torch.where(distance < margin, -push, 0))
+    for part in _parts(embeddings, ids, counts):
+        distance = part.distance()
+        slope = torch.where(part.equal, pull, torch.where(distance < margin, -push, 0))
         slope = slope.where(distance == distance, math.nan)
-        exact = torch.ops.aten._cdist_backward(slope, pixels[rows], pixels, 2.0, distance)
-        gradient[b, rows] = exact.to(gradient.dtype)
+        exact = part.gradient(slope, distance).to(gradient.dtype)
+        gradient[part.scene, slice(len(exact)) if part.rows is None else part.rows] = exact
     return gradient
 
 

@@ -175,19 +175,25 @@ def test_finite_differences_agree():
     assert torch.autograd.gradcheck(loss, f.double().requires_grad_(), nondet_tol=0.0)
 
 
-def test_chunks_do_not_change_the_torch_loss(monkeypatch):
-    f, ids = scenes(2, 33, 4)
+@pytest.mark.parametrize("pixels", [2, 33])
+def test_chunks_do_not_change_the_torch_loss(pixels, monkeypatch):
+    """Pairs once each, as on the CPU, whole scenes, and blocks of two rows."""
+    f, ids = scenes(2, pixels, 4)
+    once = ours(f, ids, "torch")
+    monkeypatch.setattr(module, "HALF", 0)
     whole = ours(f, ids, "torch")
-    monkeypatch.setattr(module, "BLOCK", 70)  # two rows
-    parts = ours(f, ids, "torch")
-    assert parts[0] == pytest.approx(whole[0], rel=1e-7)
-    torch.testing.assert_close(parts[1], whole[1])
+    monkeypatch.setattr(module, "BLOCK", 2 * pixels * 4)
+    assert [len(p.equal) for p in module._parts(f[:1], ids, None)] == [2] * (pixels // 2) + [1] * (pixels % 2)
+    for loss, gradient in (whole, ours(f, ids, "torch")):
+        assert loss == pytest.approx(once[0], rel=1e-6)
+        torch.testing.assert_close(gradient, once[1])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_tensor_of_all_pairs_is_made(impl, monkeypatch):
     """At 1,024 pixels no tensor has as many as 1,024 x 1,024 / 4 elements, in either pass."""
     monkeypatch.setattr(module, "BLOCK", 1 << 14)
+    monkeypatch.setattr(module, "HALF", 1 << 14)
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -199,8 +205,10 @@ def test_no_tensor_of_all_pairs_is_made(impl, monkeypatch):
             return out
 
     f, ids = scenes(1, 1024, 2)
-    with Largest():
-        ours(f, ids, impl)
+    sums, gradient = (getattr(module, f"_{what}_in_{impl}") for what in ("sums", "gradient"))
+    with Largest():  # of the operator itself it would see the results alone
+        pairs = sums(f, ids, None, 1.0)[2:]
+        gradient(torch.ones((), device=DEVICE), pairs, f, ids, None, 1.0, 1.0, 1.0)
     assert 1024 <= largest < 1024 * 1024 / 4
 
 
