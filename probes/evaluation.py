@@ -13,10 +13,11 @@ def evaluate_all(
     trainees: Sequence[Trainee],
     batches: Iterable[Batch],
     *,
-    metrics: bool = True,  # the task's metrics, not the loss alone
+    loss: bool = True,
+    metrics: bool = True,
     progress: Callable[[int], object] = lambda batches: None,
 ) -> list[dict[str, float]]:
-    """Each probe's "loss", the mean over clips, and its task's metrics.
+    """Each probe's "loss", the mean over clips, and its task's metrics, or what of them is asked for.
 
     A metric may work on its clips in threads of its own while the next batch runs (grouping does).
     """
@@ -32,8 +33,9 @@ def evaluate_all(
         for i, (trainee, x, targets) in enumerate(of_each):
             with autocast(device):
                 outputs = {name: y.float() for name, y in trainee.probe.read(x).items()}
-            generator = torch.Generator(device).manual_seed(number)  # every evaluation samples alike
-            totals[i] += float(task_loss(trainee.probe, outputs, targets, generator)["loss"]) * len(batch.ids)
+            if loss:
+                generator = torch.Generator(device).manual_seed(number)  # every evaluation samples alike
+                totals[i] += float(task_loss(trainee.probe, outputs, targets, generator)["loss"]) * len(batch.ids)
             if scores[i] is not None:
                 scores[i].update(outputs, targets)
         clips += len(batch.ids)
@@ -43,4 +45,5 @@ def evaluate_all(
     if not clips:
         raise ValueError("an evaluation needs at least 1 clip, got none")
     found = [{} if score is None else score.result() for score in scores]
-    return [{"loss": total / clips} | numbers for total, numbers in zip(totals, found, strict=True)]
+    losses = [{"loss": total / clips} if loss else {} for total in totals]
+    return [of_loss | numbers for of_loss, numbers in zip(losses, found, strict=True)]

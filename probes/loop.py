@@ -196,7 +196,7 @@ class Run:
     def validate(self) -> None:
         """Ends an epoch: scores of the probes in training, their best weights, and which have trained long enough."""
         active = [t for t in self.trainees if not t.stopped]
-        by_loss = self.task.score in ("loss", "last")
+        by_loss = self._by_loss
         for trainee, found in zip(active, self._measured(active, metrics=not by_loss), strict=True):
             row = {"train_loss": trainee.loss_sum / max(trainee.clips, 1), "val_loss": found.pop("loss")} | found
             trainee.curve.append(row)
@@ -210,12 +210,27 @@ class Run:
             if patience is not None and self.epoch - last_best >= patience:
                 trainee.stopped = f"no better score in {patience} epochs"
 
-    def _measured(self, trainees: Sequence[Trainee], *, metrics: bool = True) -> list[dict[str, float]]:
+    @property
+    def _by_loss(self) -> bool:
+        """Whether epochs are judged without the task's metrics, which are then measured once, at the end."""
+        return self.task.score in ("loss", "last")
+
+    def _measured(self, trainees: Sequence[Trainee], **what: bool) -> list[dict[str, float]]:
         """What `evaluate_all` says of each probe; with several processes, each measures some of them."""
         rank, world = processes()
         mine = trainees[rank::world]
-        shares = of_all_processes(evaluate_all(mine, self.val_loader, metrics=metrics) if mine else [])
+        shares = of_all_processes(evaluate_all(mine, self.val_loader, **what) if mine else [])
         return [shares[i % world][i // world] for i in range(len(trainees))]
+
+    def _of_best_epochs(self, trainees: Sequence[Trainee]) -> list[dict[str, float]]:
+        """The loss and the metrics of the best weights: what their epoch's validation found, and what it left out."""
+        more = self._measured(trainees, loss=False) if self._by_loss else [{}] * len(trainees)
+        found = []
+        for trainee, metrics in zip(trainees, more, strict=True):
+            row = dict(trainee.curve[trainee.best_epoch])
+            del row["train_loss"]
+            found.append({"loss": row.pop("val_loss")} | row | metrics)
+        return found
 
     def save(self) -> None:
         if self.folder is None:
@@ -242,7 +257,7 @@ class Run:
                 )
         for trainee in whole:
             trainee.probe.load_state_dict(trainee.best)
-        found = iter(self._measured(whole))
+        found = iter(self._of_best_epochs(whole))
         everywhere = of_all_processes(self.loader.skipped | self.val_loader.skipped)
         skipped = {clip_id: why for of_one in everywhere for clip_id, why in of_one.items()}
         results = [
