@@ -1,15 +1,10 @@
 """Probes that share a pass over features, against each of them alone in float64."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from probe_input_reference import DEVICE, DTYPES, bound, gradient_bound, make, poison, statistics, within
 
 from spatialprobe.kernels.probe_input import definition, grouped_probe_input, probe_input
-
-sys.path.append(str(Path(__file__).parent))
-from probe_input_reference import DEVICE, DTYPES, bound, gradient_bound, make, poison, statistics, within
 
 IMPLS = ["triton", "torch"]
 

@@ -1,12 +1,11 @@
 """Exactness of the grouping: against brute force, against itself on other machines, against other packages."""
 
-import sys
-from pathlib import Path
-
+import grouping_reference as reference
 import hdbscan
 import numpy as np
 import pytest
 import quitefastmst
+from grouping_scenes import make_scene
 from hdbscan._hdbscan_linkage import label as link_edges
 from hdbscan.hdbscan_ import _tree_to_labels
 from hypothesis import HealthCheck, example, given, settings
@@ -15,10 +14,6 @@ from sklearn.cluster import HDBSCAN as SklearnHDBSCAN
 
 from spatialprobe.probes import _grouping
 from spatialprobe.probes.grouping import HDBSCAN, group, group_scenes, principal_components
-
-sys.path.append(str(Path(__file__).parent))
-import grouping_reference as reference
-from grouping_scenes import make_scene
 
 SETS = _grouping.instruction_sets()
 

@@ -1,19 +1,14 @@
 """T-mIoU, T-SR and principal components against slow definitions and scikit-learn."""
 
-import sys
-from pathlib import Path
-
+import grouping_reference as reference
 import numpy as np
 import pytest
+from grouping_scenes import make_scene
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from spatialprobe.probes.grouping import group, principal_components, temporal_overlap
-
-sys.path.append(str(Path(__file__).parent))
-import grouping_reference as reference
-from grouping_scenes import make_scene
 
 
 def assert_equal_overlap(found, expected):

@@ -1,17 +1,13 @@
 """The instance task: pixels between tokens, sampling, loss, clustering beside the forward pass, and what is learnt."""
 
-import sys
 import threading
-from pathlib import Path
 
+import grouping_reference as reference
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-
-sys.path.append(str(Path(__file__).parent))
-import grouping_reference as reference
 
 from spatialprobe.probes.backbone import Backbone, Tokens
 from spatialprobe.probes.grouping import group

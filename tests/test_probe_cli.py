@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from probe_data import FRAMES, K, write_labels, write_store
 
 from spatialprobe.engine.cli import main

@@ -1,19 +1,12 @@
 """The fused input layer against its definition in float64, with bounds from the roundings that its arithmetic has."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-
-from spatialprobe.kernels import folded_linear
-from spatialprobe.kernels.probe_input import definition, probe_input
-
-sys.path.append(str(Path(__file__).parent))
 from probe_input_reference import (
     DEVICE,
     DTYPES,
@@ -27,6 +20,9 @@ from probe_input_reference import (
     values_of,
     within,
 )
+
+from spatialprobe.kernels import folded_linear
+from spatialprobe.kernels.probe_input import definition, probe_input
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,13 @@
 """The probe input without Triton, as torch's machinery sees it with Triton, and what it refuses."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from probe_input_reference import DEVICE, DTYPES, make, poison, statistics
 from torch.func import grad, vmap
 
 from spatialprobe.kernels.probe_input import definition, grouped_probe_input, probe_input
-
-sys.path.append(str(Path(__file__).parent))
-from probe_input_reference import DEVICE, DTYPES, make, poison, statistics
 
 IMPLS = ["triton", "torch"]
 

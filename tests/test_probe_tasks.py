@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from probe_data import CHANNELS, FRAMES, SAMPLING, K, write_labels, write_store
 
 from spatialprobe.engine.demo.scene_files import save_tensors, unproject

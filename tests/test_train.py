@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from probe_data import SAMPLING, K, write_labels, write_store
 
 from spatialprobe.engine.store import FeatureStore
