@@ -190,7 +190,7 @@ def run_batch(
 
         with clock.host("noise"):
             noise = batch_noise([clip.ref.id for clip in clips], adapter.noise_shape(plan), spec.seed, step, device)
-        with clock.on_device("blocks"), taps.into(receive):
+        with clock.on_device("blocks"), taps.into(receive, plan.passes):
             adapter.forward(state, step, noise)
     out.copied = host.event()
     return out

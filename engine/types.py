@@ -233,6 +233,7 @@ class Plan:
     size: tuple[int, int]  # (height, width) in pixels of the model's input
     grid: tuple[int, int, int]  # (T, H, W) tokens that come out
     rows: tuple[int, ...]  # [F], row that sees frame f, -1 if none
+    passes: int = 1  # times that the blocks run, their tokens one after the other: parts of the window on their own
 
     def wanted_rows(self, query: tuple[int, ...]) -> tuple[int, ...]:
         """Rows that see at least one frame of `query`, ascending. Raises ValueError if a frame has none."""

@@ -59,7 +59,7 @@ def features(
     out: dict[int, Tensor] = {}
     taps = Taps(adapter.blocks, tuple(sorted(layers)))
     state = adapter.encode({name: torch.stack([p[name] for p in prepared]) for name in prepared[0]}, plan)
-    with taps.into(lambda layer, x: out.__setitem__(layer, adapter.grid(x, state, plan).clone())):
+    with taps.into(lambda layer, x: out.__setitem__(layer, adapter.grid(x, state, plan).clone()), plan.passes):
         adapter.forward(state, step, noise)
     taps.remove()
     for layer, x in out.items():
