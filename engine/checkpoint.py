@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from torch import nn
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # configs, tokenizers: all that a plan needs
 STEMS = ("model", "diffusion_pytorch_model")  # of weight files: transformers', diffusers'
 Stored = str | tuple[str, slice]  # a stored tensor's name, or that and the rows of it that are meant
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in its library; more is another kind of file
 SAMPLE_BYTES = 512  # read at the start, middle and end of every tensor for the content hash
 
 
@@ -42,7 +44,7 @@ class Checkpoint:
             raise ValueError(f"model {model!r} is no local folder, and no Hub id of the form owner/name")
         from huggingface_hub import snapshot_download
 
-        root = _from_hub(model, lambda: snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES))
+        root = Path(_from_hub(model, lambda: snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES)))
         return cls(root, repo=model, revision=root.name)
 
     @property
@@ -64,12 +66,13 @@ class Checkpoint:
             raise ValueError(f"checkpoint {self.root} has no file {name}")
         return path
 
-    def folder(self, name: str) -> Path:
-        """Local path of one sub-folder with everything in it (a text encoder, say)."""
+    def folder(self, name: str = "") -> Path:
+        """Local path of one sub-folder (a text encoder, say) with its configs and safetensors; "": of everything."""
         if self.repo:
             from huggingface_hub import snapshot_download
 
-            fetch = lambda: snapshot_download(self.repo, revision=self.revision, allow_patterns=[f"{name}/*"])  # noqa: E731
+            patterns = [f"{name}/{files}".lstrip("/") for files in (*SMALL_FILES, "*.safetensors")]
+            fetch = lambda: snapshot_download(self.repo, revision=self.revision, allow_patterns=patterns)  # noqa: E731
             _from_hub(f"{self.repo}/{name}", fetch)
         if not (self.root / name).is_dir():
             raise ValueError(f"checkpoint {self.root} has no folder {name}")
@@ -81,8 +84,26 @@ class Checkpoint:
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.root / name} is not valid JSON: {error}") from None
 
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """{tensor name: shape} of one safetensors file, read from its header: on the Hub, without a download.
+
+        For models whose sizes no config says. Raises ValueError for a file that is not there or is no safetensors.
+        """
+        if self.repo and not self.has(name):
+            from huggingface_hub import HfApi
+
+            fetch = lambda: HfApi().parse_safetensors_file_metadata(self.repo, name, revision=self.revision)  # noqa: E731
+            remote = _from_hub(f"{self.repo}/{name}", fetch)
+            return {tensor: tuple(info.shape) for tensor, info in remote.tensors.items()}
+        with self.file(name).open("rb") as file:
+            _, _, header = _read_header(file)
+        return {tensor: tuple(entry["shape"]) for tensor, entry in header.items()}
+
     def tensor_files(self, folder: str = "") -> dict[str, str]:
-        """{tensor name: file that holds it} for the safetensors of `folder`."""
+        """{tensor name: file that holds it} for the safetensors of `folder`, which may also be one such file."""
+        if folder.endswith(".safetensors"):
+            with _open_shard(self.file(folder)) as shard:
+                return dict.fromkeys(shard.keys(), folder)
         prefix = f"{folder}/" if folder else ""
         for stem in STEMS:
             if self.has(index := f"{prefix}{stem}.safetensors.index.json"):
@@ -99,15 +120,18 @@ class Checkpoint:
         raise ValueError(f"no safetensors weights (pickled ones are not read): {'; '.join(reasons)}")
 
 
-def _from_hub(what: str, fetch: Callable[[], str]) -> Path:
+def _from_hub(what: str, fetch: Callable[[], Any]) -> Any:
     import huggingface_hub.errors as hub
 
     try:
-        return Path(fetch())
+        return fetch()
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         raise ValueError(f"{what} is not in the local Hub cache, and the Hub cannot be reached") from None
-    except (hub.HfHubHTTPError, hub.EntryNotFoundError, OSError) as error:  # no such repository, gated, no connection
-        raise ValueError(f"{what} cannot be fetched: {str(error).splitlines()[0]}") from None
+    except hub.SafetensorsParsingError as error:
+        raise ValueError(f"{what} is not a safetensors file: {str(error).splitlines()[0]}") from None
+    except (hub.HTTPError, hub.EntryNotFoundError, OSError) as error:  # no such repository, gated, no connection
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what} cannot be fetched: {reason}") from None
 
 
 def _open_shard(path: Path):
@@ -150,18 +174,25 @@ def content_hash(root: Path) -> str:
 
 def _samples(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        raw = file.read(size)
+        size, raw, header = _read_header(file)
         yield raw
-        try:
-            header = json.loads(raw)
-        except ValueError:
-            raise ValueError(f"{path} is not a safetensors file") from None
-        for name in sorted(header.keys() - {"__metadata__"}):
+        for name in sorted(header):
             begin, end = header[name]["data_offsets"]
             for at in (begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)):
                 file.seek(8 + size + at)
                 yield file.read(min(SAMPLE_BYTES, end - at))
+
+
+def _read_header(file: BinaryIO) -> tuple[int, bytes, dict[str, dict]]:
+    """A safetensors file's header: its length, its bytes, and {tensor name: its entry}. Reads no tensor."""
+    size = int.from_bytes(file.read(8), "little")
+    raw = file.read(size) if size <= MAX_HEADER_BYTES else b""
+    try:
+        header = json.loads(raw)
+    except ValueError:
+        raise ValueError(f"{file.name} is not a safetensors file") from None
+    header.pop("__metadata__", None)
+    return size, raw, header
 
 
 @torch.no_grad()
@@ -177,9 +208,9 @@ def load_weights(
 ) -> None:
     """Fills a module built on the meta device from a checkpoint, reading only the tensors the module has.
 
-    `rename` turns a parameter's name into the checkpoint's, and says which rows of that tensor it is where several
-    parameters are stored as one. Parameters whose dotted name has a part in `keep_fp32` stay float32. Raises
-    ValueError for tensors the checkpoint lacks or that have another shape.
+    `folder` may be one safetensors file. `rename` turns a parameter's name into the checkpoint's, and says which rows
+    of that tensor it is where several parameters are stored as one. Parameters whose dotted name has a part in
+    `keep_fp32` stay float32. Raises ValueError for tensors the checkpoint lacks or that have another shape.
     """
     files = checkpoint.tensor_files(folder)
     renamed = {name: rename(name) for name in module.state_dict()}

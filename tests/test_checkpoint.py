@@ -234,3 +234,35 @@ def test_broken_text_encoders_tokenizers_and_configs_are_one_line(wan_path, qwen
     (tmp_path / "qwen/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks the field 'patch_size'"):
         resolve(Job.from_words({"clips": "c", "model": str(tmp_path / "qwen"), "out": "o", "layers": "0"}))
+
+
+def test_one_file_may_be_named_and_its_shapes_are_read_from_the_header(saved):
+    root, weights = saved
+    (root / "model.safetensors").rename(root / "Net_v2.safetensors")
+    checkpoint, net = Checkpoint.open(str(root)), empty_module(Net)
+    assert checkpoint.shapes("Net_v2.safetensors") == {name: tuple(value.shape) for name, value in weights.items()}
+    load_weights(net, checkpoint, "Net_v2.safetensors", dtype=torch.float32)
+    assert torch.equal(net.a.weight, weights["a.weight"])
+    with pytest.raises(ValueError, match=r"has no file Net_v3\.safetensors"):
+        checkpoint.shapes("Net_v3.safetensors")
+    (root / "text.safetensors").write_text("no header in this file")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        checkpoint.shapes("text.safetensors")
+
+
+def test_shapes_of_a_file_on_the_hub_come_without_its_tensors(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    asked = []
+
+    def metadata(self, repo, name, *, revision):
+        asked.append((repo, name, revision))
+        return SimpleNamespace(tensors={"a": SimpleNamespace(shape=[2, 3])})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.parse_safetensors_file_metadata", metadata)
+    checkpoint = Checkpoint(tmp_path, repo="owner/name", revision="f" * 40)
+    assert checkpoint.shapes("big.safetensors") == {"a": (2, 3)}
+    assert asked == [("owner/name", "big.safetensors", "f" * 40)]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"owner/name/big\.safetensors is not in the local Hub cache"):
+        checkpoint.shapes("big.safetensors")
