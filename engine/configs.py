@@ -10,6 +10,18 @@ HARMLESS = frozenset(
     "transformers_version use_cache bos_token_id eos_token_id pad_token_id".split()
 )
 
+# What transformers 4 wrote into configs beside a model's own fields: its defaults for generating, or names of fields
+# that its successor reads as others (rope_theta).
+TRANSFORMERS_4 = frozenset(
+    "add_cross_attention attn_implementation bad_words_ids begin_suppress_tokens cache_implementation "
+    "cross_attention_hidden_size decoder_start_token_id diversity_penalty early_stopping encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder "
+    "length_penalty min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores "
+    "prefix pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate rope_local_base_freq "
+    "rope_scaling rope_theta sep_token_id sliding_window_pattern suppress_tokens task_specific_params tf_legacy_loss "
+    "tie_encoder_decoder torchscript typical_p use_bfloat16".split()
+)
+
 
 def check_fields(
     config: Mapping[str, Any],

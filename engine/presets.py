@@ -28,6 +28,9 @@ STUDY_QUERY = "0,1:76:4"  # 0, 1, 5, ..., 73
 FAMILIES = {
     "wan": Family("spatialprobe.engine.adapters.wan:Wan", ("WanPipeline",), 81, ":", 749),
     "qwen3_vl": Family("spatialprobe.engine.adapters.qwen3_vl:Qwen3VL", ("qwen3_vl",), 81, STUDY_QUERY),
+    "internvl": Family(
+        "spatialprobe.engine.adapters.internvl:InternVL", ("internvl", "internvl_chat"), 81, STUDY_QUERY
+    ),
 }
 
 
@@ -66,12 +69,22 @@ def _qwen3_vl(repo: str, blocks: int, channels: int, weights: tuple[float, float
     return Preset("qwen3_vl", repo, blocks, channels, layers, (20, 17, 30), weights)
 
 
+def _internvl(repo: str, blocks: int, channels: int, layer: int, weights: tuple[float, float]) -> Preset:
+    layers = dict.fromkeys(("tagging", "instance", "geometry"), layer)  # one below the study's hidden_states
+    return Preset("internvl", repo, blocks, channels, layers, (20, 16, 16), weights)
+
+
 PRESETS = {
     "wan2.1-t2v-1.3b": _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 1536, (0.16, 0.093)),
     "wan2.1-t2v-14b": _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 5120, (0.57, 0.703)),
     "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
     "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
     "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),
+    "internvl3-1b": _internvl("OpenGVLab/InternVL3-1B-hf", 24, 896, 20, (0.89, 0.030)),
+    "internvl3-2b": _internvl("OpenGVLab/InternVL3-2B-hf", 28, 1536, 20, (1.09, 0.094)),
+    "internvl3-8b": _internvl("OpenGVLab/InternVL3-8B-hf", 28, 3584, 17, (1.75, 0.466)),
+    "internvl3.5-4b": _internvl("OpenGVLab/InternVL3_5-4B-HF", 36, 2560, 21, (1.42, 0.202)),
+    "internvl3.5-8b": _internvl("OpenGVLab/InternVL3_5-8B-HF", 36, 4096, 21, (1.92, 0.386)),
 }
 
 LEFT_OUT = {}  # models that were asked for and cannot be had -> why
