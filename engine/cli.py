@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from spatialprobe.engine.job import Job
+    from spatialprobe.engine.report import Report
 
 # Before torch is imported: threads that spin while they wait stall the loader threads, threefold on a busy CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,6 +46,15 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
     ),
     "shard": ("I/N", "every N-th clip from the I-th, from 0"),
     "limit": ("N", "only the first N clips of the listing"),
+}
+
+TARGET_WORDS = (
+    "model out revision layout window start stride query short compute_dtype device writers shard limit".split()
+)
+TARGET_HELP = {  # where it is not as for extract
+    "model": "depth-anything-v2, depth-pro, zoedepth, a Hub id, or local folder",
+    "out": "folder of the labels; run the same command again to resume",
+    "window": "frames per clip (default: 81), or all",
 }
 
 
@@ -94,6 +106,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--retry-failed", action="store_true", help="only clips that failed before")
     sub.add_argument("--dry-run", action="store_true", help="print the plan; load and write nothing")
 
+    sub = command("targets", targets, "depth and what else a geometry model says of clips, as labels for probes")
+    sub.add_argument("clips", nargs="?", help="as for extract")
+    for word in TARGET_WORDS:
+        placeholder, about = EXTRACT_WORDS[word]
+        sub.add_argument(f"--{word.replace('_', '-')}", metavar=placeholder, help=TARGET_HELP.get(word, about))
+    sub.add_argument("--size", metavar="HxW", help="of the maps (default: the longer side 518 pixels)")
+    sub.add_argument("--cameras", metavar="LABELS", help="labels of these clips with poses and intrinsics")
+    sub.add_argument("--retry-failed", action="store_true", help="only clips that failed before")
+
     command("models", models, "presets, their token grids and the layers the study used")
     sub = command("info", info, "what a store holds")
     sub.add_argument("store")
@@ -128,7 +149,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def extract(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.progress import summary
     from spatialprobe.engine.run import open_run
 
     job = read_job(args)
@@ -143,7 +163,27 @@ def extract(args: argparse.Namespace) -> int:
         report = run.extract()
     except ValueError as error:  # the arguments were good: this is a bug, and its traceback is wanted
         raise RuntimeError("extraction failed") from error
-    print(summary(report, run.store.root))
+    return print_report(report, run.store.root, args.words)
+
+
+def targets(args: argparse.Namespace) -> int:
+    from spatialprobe.engine.targets.run import run_targets
+
+    args.targets, cameras = args.cameras, None
+    job = read_job(args)
+    if args.cameras:
+        from spatialprobe.probes.labels import open_labels
+
+        cameras = open_labels(args.cameras)
+    report, out = run_targets(job, cameras, retry_failed=args.retry_failed)
+    return print_report(report, out, args.words)
+
+
+def print_report(report: "Report", root: "Path", words: list[str]) -> int:
+    """What became of the clips, and the exit code."""
+    from spatialprobe.engine.progress import summary
+
+    print(summary(report, root))
     if report.stopped:
         print(f"engine: stopped: {report.stopped}; run the same command again to go on", file=sys.stderr)
     if report.interrupted:
@@ -153,8 +193,8 @@ def extract(args: argparse.Namespace) -> int:
         print(f"{report.failed} clips failed:", file=sys.stderr)
         for clip_id, reason in report.failures.items():
             print(f"  {clip_id}  {reason}", file=sys.stderr)
-        words = [word for word in args.words if word != "--retry-failed"]
-        print(f"to retry them: {shlex.join([sys.argv[0], *words, '--retry-failed'])}", file=sys.stderr)
+        again = [word for word in words if word != "--retry-failed"]
+        print(f"to retry them: {shlex.join([sys.argv[0], *again, '--retry-failed'])}", file=sys.stderr)
     return 1 if report.failed or report.stopped else 0
 
 
@@ -165,20 +205,20 @@ def read_job(args: argparse.Namespace) -> "Job":
 
     given = {f.name: getattr(args, f.name, None) for f in fields(Job) if f.name != "options"}
     words = {name: value for name, value in given.items() if value is not None}
-    options = {name: getattr(args, name) for name in SHORT_OPTIONS if getattr(args, name) is not None}
-    for item in args.option:
+    options = {name: getattr(args, name) for name in SHORT_OPTIONS if getattr(args, name, None) is not None}
+    for item in getattr(args, "option", []):
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"option must be KEY=VALUE, got {item!r}")
         options[name] = value
-    return Job.from_words(words | {"options": options}, args.job)
+    return Job.from_words(words | {"options": options}, getattr(args, "job", None))
 
 
 # -- the other commands ---------------------------------------------------------------------------------------------
 
 
 def models(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.presets import FAMILIES, LEFT_OUT, PRESETS
+    from spatialprobe.engine.presets import FAMILIES, LEFT_OUT, PRESETS, TEACHERS
 
     print(
         f"{'preset':<24}{'blocks':>7}{'channels':>9}  {'tokens':<10}{'pool':<7}{'step':>5}{'memory':>9}{'clip':>9}"
@@ -195,6 +235,7 @@ def models(args: argparse.Namespace) -> int:
     print(
         "memory: weights in bfloat16 up to the study's last layer, or of all blocks; clip: float16, one layer and step"
     )
+    print(f"for engine targets: {', '.join(TEACHERS)}")
     for name, why in LEFT_OUT.items():
         print(f"left out: {name}, {why}")
     return 0

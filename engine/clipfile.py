@@ -29,6 +29,7 @@ TAGS = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
+    "U8": torch.uint8,
 }
 _TAG_OF = {dtype: tag for tag, dtype in TAGS.items()}
 _NO_CHECKSUM = b"0" * 64  # stands in the header while the rest of the file is hashed

@@ -171,7 +171,7 @@ def resolve(job: Job) -> Resolved:
     checkpoint = _open(job, preset)
     family = _family(job, preset, checkpoint)
     defaults, cls = FAMILIES[family], adapter_class(family)
-    device = _device(job.device)
+    device = device_of(job.device)
     options, compute_dtype = _compute(job, cls, preset, device)
     try:
         adapter = cls(checkpoint, options)
@@ -200,6 +200,7 @@ def resolve(job: Job) -> Resolved:
         options={k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
         versions={name: version(name) for name in ("spatialprobe", "torch", "pillow", "av", *cls.LIBRARIES)},
     )
+    adapter.steps = spec.steps
     if spec.frames.window is not None:
         plan_clip(spec.frames.window, adapter, spec)  # raises for a window, query or pool the model cannot do
     about = {"model": job.model, "repo": checkpoint.repo or str(checkpoint.root), "compute": job.compute}
@@ -223,7 +224,8 @@ def _open(job: Job, preset) -> Checkpoint:
     return Checkpoint.open(job.model, job.revision)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; without one CUDA if there is any. Raises ValueError for one that is not there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:

@@ -87,7 +87,15 @@ PRESETS = {
     "internvl3.5-8b": _internvl("OpenGVLab/InternVL3_5-8B-HF", 36, 4096, 21, (1.92, 0.386)),
 }
 
-LEFT_OUT = {}  # models that were asked for and cannot be had -> why
+TEACHERS = {  # depth models for `engine targets` -> Hugging Face id
+    "depth-anything-v2": "depth-anything/Depth-Anything-V2-Metric-Indoor-Large-hf",
+    "depth-pro": "apple/DepthPro-hf",
+    "zoedepth": "Intel/zoedepth-nyu-kitti",
+}
+
+LEFT_OUT = {  # models that were asked for and cannot be had -> why
+    "vggt": "no class in the installed libraries; label files that were made with it are read as they are",
+}
 
 
 def adapter_class(family: str) -> "type[Adapter]":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,7 +63,13 @@ def row_mismatches(rows: Tensor, provenance: dict[str, Any], length: int) -> lis
     return lines
 
 
-def differences(there: FeatureSpec, asked: FeatureSpec) -> list[str]:
+class Spec(Protocol):
+    """Of features or of labels."""
+
+    def to_json(self) -> str: ...
+
+
+def differences(there: Spec, asked: Spec) -> list[str]:
     """One line for each field in which two specs differ, with dotted names: "frames.window: 81 there, 49 asked"."""
     a, b = (dict(_flat(json.loads(spec.to_json()))) for spec in (there, asked))
     return [

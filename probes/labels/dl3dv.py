@@ -27,7 +27,7 @@ class DL3DVLabels(Labels):
     def ids(self, split: str | None = None) -> list[str]:
         if split is not None:
             return sorted(i for i in split_ids(self.root, split) if self.path(i).exists())
-        return sorted(p.relative_to(self.root).with_suffix("").as_posix() for p in self.root.glob("[!.]*/[!.]*.sft"))
+        return sorted(p.relative_to(self.root).with_suffix("").as_posix() for p in self.root.rglob("[!.]*.sft"))
 
     def path(self, clip_id: str) -> Path:
         return self.root / f"{clip_id}.sft"

@@ -9,7 +9,7 @@ from spatialprobe.probes.labels.scannet import ScanNetLabels
 
 KINDS = {  # layout -> its reader, and what shows it
     "scannet": (ScanNetLabels, "{train,val}/<scene>/metadata.sft", [f"{split}/*/metadata.sft" for split in SPLITS]),
-    "dl3dv": (DL3DVLabels, "<subset>/<hash>.sft", ["[!.]*/[!.]*.sft"]),
+    "dl3dv": (DL3DVLabels, "<subset>/<hash>.sft or <id>.sft", ["[!.]*/[!.]*.sft", "[!.]*.sft"]),
     "demo": (DemoLabels, "labels/<id>.safetensors", ["labels/*.safetensors", "labels/*/*.safetensors"]),
 }
 

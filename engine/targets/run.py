@@ -1,0 +1,239 @@
+"""`engine targets`: a teacher's labels for clips. Loader threads decode, the calling thread predicts, writers store."""
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.images import resize
+from spatialprobe.engine.job import ALL, Job, device_of, parse_size, select_shard
+from spatialprobe.engine.progress import RunLog
+from spatialprobe.engine.queues import Behind, ahead
+from spatialprobe.engine.report import Outcomes, Progress, Report
+from spatialprobe.engine.sources import list_clips
+from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec, failed_clips
+from spatialprobe.engine.targets.teachers import Size, Teacher, open_teacher
+from spatialprobe.engine.timing import Clock
+from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, FrameSelection, parse_query
+
+WINDOW = 81  # frames, the study's
+LONGER_SIDE, CELL = 518, 14  # pixels of the study's maps, multiples of VGGT's patch
+
+
+class Cameras(Protocol):
+    """Labels with "extrinsic", "intrinsic" and "images": the last says which pixels the intrinsics are of."""
+
+    def read(self, clip_id: str, frames: Sequence[int], wanted: Sequence[str]) -> dict[str, Tensor]: ...
+
+
+@dataclass
+class Decoded:
+    ref: ClipRef
+    clip: Clip
+    size: Size  # of the maps
+    shown: tuple[int, ...]  # frames of the window that the teacher looks at
+    cameras: dict[str, Tensor]  # extrinsic [F, 3, 4] and intrinsic [F, 3, 3] of maps of `size`; empty if unknown
+
+
+def run_targets(job: Job, cameras: Cameras | None = None, *, retry_failed: bool = False) -> tuple[Report, Path]:
+    """Makes the labels that `job.out` lacks. Of a job it reads the clips, frames, model, device and places.
+
+    `cameras`, of the folder named in `job.targets`, gives poses. Raises ValueError for a job that cannot be done,
+    before anything is written.
+    """
+    teacher, device, out = open_teacher(job.model, job.revision), device_of(job.device), Path(job.out)
+    dtype = job.compute_dtype or "float32"
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
+    if unknown := sorted(job.options.keys() - {"size"}):
+        raise ValueError(f"targets take the option size alone, got {', '.join(unknown)}")
+    spec = TargetSpec(
+        teacher=teacher.config["model_type"],
+        weights=teacher.checkpoint.identity,
+        frames=FrameSelection(
+            window=WINDOW if job.window is None else None if job.window == ALL else job.window,
+            start=job.start,
+            stride=job.stride,
+            query=job.query or ":",
+            short=job.short,
+        ),
+        size=parse_size("size", job.options["size"]) if "size" in job.options else None,
+        cameras=None if cameras is None else str(Path(job.targets).absolute()),
+        compute_dtype=dtype,
+        device=device.type,
+        versions={name: version(name) for name in ("spatialprobe", "torch", "transformers", "pillow", "av")},
+    )
+    refs = select_shard(list_clips(job.clips, job.layout), job.shard, job.limit)
+    TargetFolder.check_place(out, spec)
+    if retry_failed:
+        failed = failed_clips(out)
+        refs = [ref for ref in refs if ref.id in failed]
+    teacher.load(device, COMPUTE_DTYPES[dtype])
+    folder, started = TargetFolder(out, spec), datetime.now(UTC)
+    with RunLog(out / "log.jsonl", total=len(refs)) as log:
+        report = make_targets(refs, teacher, folder, cameras, writers=job.writers, progress=log.clip)
+    shard = f"-{job.shard.replace('/', 'of')}" if job.shard else ""
+    record = {"started": started.isoformat(timespec="seconds"), "job": asdict(job)} | asdict(report)
+    try:
+        folder.write_record(f"run{shard}.json", json.dumps(record, indent=1))
+    except StoreFull as error:
+        report.stopped = report.stopped or str(error)
+    return report, out
+
+
+@torch.inference_mode()
+def make_targets(
+    refs: Sequence[ClipRef],
+    teacher: Teacher,  # loaded
+    folder: TargetFolder,
+    cameras: Cameras | None = None,
+    *,
+    loaders: int = 2,
+    writers: int = 2,
+    progress: Progress = lambda clip_id, outcome, reason: None,
+) -> Report:
+    """Labels of every clip of `refs` that `folder` lacks. What cannot be made is in `failed.jsonl`; the run goes on."""
+    clock, done = Clock(teacher.device), set(folder.ids())
+    todo = [ref for ref in refs if ref.id not in done]
+    outcomes = Outcomes(Report(asked=len(refs), present=len(refs) - len(todo)), folder, progress)
+    loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
+    writes = Behind(writing, 2 * writers, outcomes.settle_write)
+    try:
+        arriving = ahead(loading, lambda ref: decode(ref, folder.spec, cameras, clock), todo, loaders + 1)
+        for decoded in clock.waiting("wait for loaders", arriving):
+            if isinstance(decoded, tuple):
+                outcomes.unreadable(*decoded)
+                continue
+            tensors = label(decoded, teacher, clock)
+            writes.put(decoded.ref, write, decoded, tensors, folder, clock)
+            writes.wait()
+        writes.wait(0)
+    except KeyboardInterrupt:
+        outcomes.report.interrupted = True
+        writes.wait(0)
+    except (StoreFull, MemoryError, torch.OutOfMemoryError) as error:
+        outcomes.report.stopped = str(error).splitlines()[0]
+        writes.settle_rest()
+    finally:
+        loading.shutdown(cancel_futures=True)
+        writing.shutdown()
+    outcomes.report.batch_size, outcomes.report.timing = teacher.AUTO_FRAMES, clock.summary()
+    return outcomes.report
+
+
+def decode(
+    ref: ClipRef, spec: TargetSpec, cameras: Cameras | None, clock: Clock
+) -> Decoded | tuple[ClipRef, str, ClipError]:
+    """A clip with all frames of its window, or what is wrong with it."""
+    stage = "decode"
+    try:
+        with clock.host("decode"):
+            clip = load_clip(ref, spec.frames)
+        size = spec.size or map_size(tuple(clip.frames.shape[2:]))
+        shown, known, stage = parse_query(spec.frames.query, clip.window), {}, "cameras"
+        if cameras is not None:
+            known = scaled_cameras(cameras, clip, size)
+    except (ClipError, ValueError, OSError) as error:
+        wrong = error if isinstance(error, ClipError) else ClipError(str(error).splitlines()[0])
+        return ref, stage, wrong
+    return Decoded(ref, clip, size, shown, known)
+
+
+def map_size(source: Size) -> Size:
+    """The longer side 518 pixels, as the study's, and both sides whole patches of 14."""
+    scale = LONGER_SIDE / max(source)
+    return tuple(max(CELL, round(side * scale / CELL) * CELL) for side in source)
+
+
+def scaled_cameras(cameras: Cameras, clip: Clip, size: Size) -> dict[str, Tensor]:
+    """Poses of the window's frames, padding included, and intrinsics for maps of `size`."""
+    frames = [min(f, clip.window - clip.padded - 1) for f in range(clip.window)]
+    read = cameras.read(clip.id, frames, ("extrinsic", "intrinsic"))
+    shape = cameras.read(clip.id, frames[:1], ("images",))["images"].shape[2:]
+    resizing = torch.eye(3)
+    for axis, (to, of) in enumerate(((size[1], shape[1]), (size[0], shape[0]))):
+        resizing[axis, axis], resizing[axis, 2] = to / of, 0.5 * to / of - 0.5  # centres are whole numbers
+    return {"extrinsic": read["extrinsic"], "intrinsic": resizing @ read["intrinsic"]}
+
+
+def label(decoded: Decoded, teacher: Teacher, clock: Clock) -> dict[str, Tensor]:
+    """The tensors of a clip's file. Frames that were not shown have depth and confidence 0."""
+    clip, (height, width) = decoded.clip, decoded.size
+    depth = torch.zeros(clip.window, height, width)
+    focal = None
+    for at in range(0, len(decoded.shown), teacher.AUTO_FRAMES):
+        frames = list(decoded.shown[at : at + teacher.AUTO_FRAMES])
+        with clock.host("prepare"):
+            pixels = teacher.prepare(clip.frames[frames])
+        with clock.on_device("blocks"):
+            maps = teacher.maps(pixels, tuple(clip.frames.shape[2:]), decoded.size)
+        depth[frames] = maps.depth.cpu()
+        if maps.focal is not None:
+            focal = torch.zeros(clip.window) if focal is None else focal
+            focal[frames] = maps.focal.cpu()
+    seen = (depth > 0) & depth.isfinite()
+    depth = torch.where(seen, depth, 0)
+    resized_images = resize(clip.frames, decoded.size, Image.Resampling.BICUBIC)
+    tensors = {
+        "images": resized_images.permute(0, 3, 1, 2).contiguous(),
+        "depthmaps": depth[..., None],
+        "confmaps": seen.float(),
+        "start_idx": clip.index[:1].clone().squeeze(0),
+    } | decoded.cameras
+    if not decoded.cameras and focal is not None:
+        tensors["intrinsic"] = centred_camera(focal, decoded.size)
+    if decoded.cameras:
+        tensors["pointmaps"] = unproject(depth, **decoded.cameras)
+    return tensors
+
+
+def centred_camera(focal: Tensor, size: Size) -> Tensor:  # [F] -> [F, 3, 3]
+    """Square pixels, the principal point in the middle of the image; pixel centres are whole numbers."""
+    intrinsic = torch.eye(3).repeat(len(focal), 1, 1)
+    intrinsic[:, 0, 0] = intrinsic[:, 1, 1] = focal
+    intrinsic[:, 0, 2], intrinsic[:, 1, 2] = (size[1] - 1) / 2, (size[0] - 1) / 2
+    return intrinsic
+
+
+def unproject(
+    depth: Tensor,  # [F, H, W]
+    extrinsic: Tensor,  # [F, 3, 4] world-to-camera
+    intrinsic: Tensor,  # [F, 3, 3] pixels
+) -> Tensor:  # float32 [F, H, W, 3]
+    """World points of depth maps."""
+    height, width = depth.shape[1:]
+    v, u = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+    pixels = torch.stack([u, v, torch.ones_like(u)], -1)
+    rays = torch.einsum("fij,hwj->fhwi", intrinsic.double().inverse(), pixels)
+    turn, move = extrinsic[..., :3].double(), extrinsic[:, None, None, :, 3].double()
+    return torch.einsum("fji,fhwj->fhwi", turn, rays * depth[..., None].double() - move).float()
+
+
+def write(decoded: Decoded, tensors: dict[str, Tensor], folder: TargetFolder, clock: Clock) -> None:
+    """Stores a clip. Raises ClipError for one in which the teacher sees nothing."""
+    shown = list(decoded.shown)
+    if not tensors["confmaps"][shown].any():
+        raise ClipError("the teacher's depth is nowhere positive and finite")
+    provenance: dict[str, Any] = {
+        "index": decoded.clip.index.tolist(),
+        "padded": decoded.clip.padded,
+        "shown": shown,
+        "source_size": list(decoded.clip.frames.shape[2:]),
+        "valid": round(float(tensors["confmaps"][shown].mean()), 6),
+    }
+    if not math.isfinite(float(tensors["depthmaps"].sum())):
+        raise ClipError("the teacher's depth overflows")
+    with clock.host("write"):
+        nbytes = folder.write(decoded.ref.id, tensors, provenance)
+    clock.add("write", nbytes=nbytes)
