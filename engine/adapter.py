@@ -29,6 +29,7 @@ class Adapter(ABC):
     num_layers: int  # blocks of the whole model
     num_steps: int  # length of the noise schedule, 0 for models without noise
     channels: int  # C
+    steps: tuple[int, ...] = ()  # the job's, set before `load`: parts that none of them runs need not be loaded
 
     # after `load`
     device: torch.device
@@ -70,8 +71,8 @@ class Adapter(ABC):
         """Shape of one clip's noise, None for models without noise."""
         return None
 
-    def describe_step(self, step: int) -> dict[str, float]:
-        """Timestep and sigma of a step, for provenance. Needs `load` first."""
+    def describe_step(self, step: int) -> dict[str, float | str]:
+        """Timestep and sigma of a step and the like, for provenance. Needs `load` first."""
         return {}
 
     @abstractmethod

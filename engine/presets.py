@@ -27,6 +27,7 @@ STUDY_QUERY = "0,1:76:4"  # 0, 1, 5, ..., 73
 
 FAMILIES = {
     "wan": Family("spatialprobe.engine.adapters.wan:Wan", ("WanPipeline",), 81, ":", 749),
+    "wan_i2v": Family("spatialprobe.engine.adapters.wan:WanI2V", ("WanImageToVideoPipeline",), 81, ":", 749),
     "qwen3_vl": Family("spatialprobe.engine.adapters.qwen3_vl:Qwen3VL", ("qwen3_vl",), 81, STUDY_QUERY),
     "internvl": Family(
         "spatialprobe.engine.adapters.internvl:InternVL", ("internvl", "internvl_chat"), 81, STUDY_QUERY
@@ -59,9 +60,9 @@ class Preset:
         return self.weights[0] + (layer + 1) * self.weights[1]
 
 
-def _wan(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
+def _wan(repo: str, blocks: int, channels: int, weights: tuple[float, float], family: str = "wan", **options) -> Preset:
     layers = {"tagging": 18, "instance": 18, "geometry": 20}
-    return Preset("wan", repo, blocks, channels, layers, (21, 30, 52), weights, (15, 26))
+    return Preset(family, repo, blocks, channels, layers, (21, 30, 52), weights, (15, 26), options)
 
 
 def _qwen3_vl(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
@@ -75,8 +76,13 @@ def _internvl(repo: str, blocks: int, channels: int, layer: int, weights: tuple[
 
 
 PRESETS = {
-    "wan2.1-t2v-1.3b": _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 1536, (0.16, 0.093)),
-    "wan2.1-t2v-14b": _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 5120, (0.57, 0.703)),
+    "wan2.1-t2v-1.3b": _wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 1536, (0.16, 0.093), flow_shift=3.0),
+    "wan2.1-t2v-14b": _wan("Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 5120, (0.57, 0.703), flow_shift=3.0),
+    "wan2.1-i2v-14b": _wan("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 40, 5120, (1.81, 0.808), "wan_i2v"),
+    "wan2.2-ti2v-5b": Preset("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", 30, 3072, {}, (21, 15, 26), (0.48, 0.327)),
+    # weights are those of one expert: by default step 749 runs the low-noise one alone
+    "wan2.2-t2v-a14b": Preset("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 40, 5120, {}, (21, 30, 52), (0.57, 0.703)),
+    "wan2.2-i2v-a14b": Preset("wan_i2v", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 40, 5120, {}, (21, 30, 52), (0.57, 0.703)),
     "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
     "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
     "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),

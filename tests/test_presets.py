@@ -26,6 +26,7 @@ def test_preset_matches_its_adapter(name, tmp_path):
     cls = adapter_class(preset.family)
     adapter = cls(Checkpoint.open(str(tmp_path)), cls.OPTIONS | preset.options)
     adapter.check_options()
+    adapter.steps = () if family.default_step is None else (family.default_step,)
     query = parse_query(family.query, family.window)
     plan = adapter.plan(family.window, query)
     assert (adapter.num_layers, adapter.channels, plan.grid) == (preset.blocks, preset.channels, preset.grid)

@@ -92,8 +92,9 @@ def test_only_the_wanted_blocks_are_loaded(wan_path, tmp_path):
 def test_no_text_encoder_is_left_and_none_is_loaded_again(wan_path, tmp_path, monkeypatch):
     wan = adapter(wan_path)
     wan.load(1, CPU, torch.float32, tmp_path)
-    modules = [v for v in vars(wan).values() if isinstance(v, torch.nn.Module)]
-    assert {type(m).__name__ for m in modules} == {"WanTransformer3DModel", "AutoencoderKLWan", "ModuleList"}
+    modules = [v for v in (*vars(wan).values(), *wan.experts.values()) if isinstance(v, torch.nn.Module)]
+    names = {"WanTransformer3DModel", "AutoencoderKLWan", "ModuleList", "FlowSchedule"}
+    assert {type(m).__name__ for m in modules} == names
     assert wan.vae.decoder is None
     monkeypatch.setattr("transformers.UMT5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("loaded again"))
     again = adapter(wan_path)
@@ -123,7 +124,8 @@ def test_step_749_is_timestep_502(wan_path, tmp_path):
     step = wan.describe_step(749)
     assert step["timestep"] == 502
     latents, noise = torch.zeros(1, 16, 1, 1, 1), torch.ones(1, 16, 1, 1, 1)
-    added = wan.scheduler.add_noise(latents, noise, wan.scheduler.timesteps[749][None])
+    scheduler = wan.schedule.scheduler
+    added = scheduler.add_noise(latents, noise, scheduler.timesteps[749][None])
     assert step["sigma"] == pytest.approx(float(added.max()), abs=1e-6)
     assert step["sigma"] == pytest.approx(0.5023, abs=1e-4)
 
@@ -153,21 +155,43 @@ def test_options_the_model_cannot_take(wan_path, options, message):
         adapter(wan_path, **options).check_options()
 
 
-@pytest.mark.parametrize("change", [{"boundary_ratio": 0.875}, {"expand_timesteps": True}])
-def test_wan_2_2_is_refused_not_run_with_the_wrong_expert(wan_path, tmp_path, change):
-    shutil.copytree(wan_path, tmp_path / "wan")
-    index = tmp_path / "wan/model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | change))
-    with pytest.raises(ValueError, match=r"is a Wan 2\.2"):
-        adapter(tmp_path / "wan")
+def changed(path, root, file, **fields):
+    """A copy of a checkpoint with some fields of one of its configs set."""
+    shutil.copytree(path, root / "wan")
+    config = root / "wan" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    return root / "wan"
 
 
-def test_image_to_video_is_refused(wan_path, tmp_path):
-    shutil.copytree(wan_path, tmp_path / "wan")
-    config = tmp_path / "wan/transformer/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 36}))
-    with pytest.raises(ValueError, match="is an image-to-video Wan"):
-        adapter(tmp_path / "wan")
+@pytest.mark.parametrize(
+    "change", [{"boundary_ratio": 0.875}, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}]
+)
+def test_half_a_pair_of_experts_is_refused(wan_path, tmp_path, change):
+    with pytest.raises(ValueError, match="both transformer_2 and boundary_ratio, or neither"):
+        adapter(changed(wan_path, tmp_path, "model_index.json", **change))
+
+
+def test_image_to_video_is_another_family(wan_path, tmp_path):
+    with pytest.raises(ValueError, match="is an image-to-video Wan; name its family, --family wan_i2v"):
+        adapter(changed(wan_path, tmp_path, "transformer/config.json", in_channels=36))
+
+
+@pytest.mark.parametrize("file", ["transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_unknown_config_fields_are_refused(wan_path, tmp_path, file):
+    wan = adapter(changed(wan_path, tmp_path, file, warp=1))
+    with pytest.raises(ValueError, match=f"{file} has fields that .* does not know: warp"):
+        wan.load(1, CPU, torch.float32, tmp_path)
+
+
+def test_a_schedule_without_a_shift_of_its_own_wants_one(wan_path, tmp_path):
+    path = changed(wan_path, tmp_path, "model_index.json")
+    file = path / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "flow_shift"}))
+    with pytest.raises(ValueError, match="has no flow_shift"):
+        adapter(path).check_options()
+    wan = adapter(path, flow_shift=3.0)
+    wan.check_options()
+    assert wan.describe_step(749)["timestep"] == 502
 
 
 def test_the_prompt_is_what_was_asked_and_a_damaged_cache_is_made_again(wan_path, tmp_path):

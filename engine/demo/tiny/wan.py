@@ -1,8 +1,10 @@
-"""A small Wan pipeline in the published Hugging Face layout, made with the library's own classes."""
+"""Small Wan pipelines in the published Hugging Face layout, made with the library's own classes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from spatialprobe.engine.demo.tiny.parts import draw_weights, t5_tokenizer, third, whole_folder
@@ -24,34 +26,142 @@ def build_wan_t2v(
 
     Features have `heads * head_dim` channels. Raises ValueError when `path` already holds something.
     """
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import WanPipeline
+
+    parts = _parts(seed, _vae(vae_dim, seed))
+    transformer = _transformer(num_layers, heads, head_dim, seed=seed)
+    return _save(path, WanPipeline(**parts, transformer=transformer), shard_size)
+
+
+def build_wan_i2v(path: str | Path, *, num_layers: int = 4, seed: int = 0) -> Path:
+    """Writes a Wan 2.1 image-to-video pipeline: as text-to-video, with CLIP's image tower and more input channels."""
+    from diffusers import WanImageToVideoPipeline
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    parts = _parts(seed, _vae(4, seed), flow_shift=5.0)
+    transformer = _transformer(num_layers, in_channels=36, image_dim=32, added_kv_proj_dim=48, seed=seed)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    pipeline = WanImageToVideoPipeline(
+        **parts, transformer=transformer, image_encoder=_clip(seed), image_processor=processor
+    )
+    return _save(path, pipeline)
+
+
+def build_wan_ti2v(path: str | Path, *, num_layers: int = 4, seed: int = 0) -> Path:
+    """Writes a Wan 2.2 TI2V pipeline: a timestep for every token, and a VAE with shortcuts that halves once more."""
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    generator = torch.Generator().manual_seed(seed)
+    mean = [round(x, 4) for x in torch.randn(48, generator=generator).mul(0.2).tolist()]
+    std = [round(x, 4) for x in torch.rand(48, generator=generator).add(0.4).tolist()]
+    with torch.random.fork_rng(devices=[]):
+        vae = AutoencoderKLWan(
+            base_dim=4,
+            decoder_base_dim=4,
+            z_dim=48,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=mean,
+            latents_std=std,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+        )
+    draw_weights(vae, seed=seed)
+    _keep_local_colour(vae.encoder)
+    _match_latents(vae, seed=seed)
+    parts = _parts(seed, vae, flow_shift=5.0)
+    transformer = _transformer(num_layers, in_channels=48, out_channels=48, seed=seed)
+    return _save(path, WanPipeline(**parts, transformer=transformer, expand_timesteps=True))
+
+
+def build_wan_experts(path: str | Path, *, image: bool = False, num_layers: int = 4, seed: int = 0) -> Path:
+    """Writes a Wan 2.2 A14B pipeline, text-to-video or image-to-video: two transformers, and where they change over."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    channels = {"in_channels": 36} if image else {}
+    high, low = (_transformer(num_layers, **channels, seed=seed + i) for i in (0, 1))
+    parts = _parts(seed, _vae(4, seed)) | {"transformer": high, "transformer_2": low}
+    pipeline = (
+        WanImageToVideoPipeline(**parts, boundary_ratio=0.9) if image else WanPipeline(**parts, boundary_ratio=0.875)
+    )
+    return _save(path, pipeline)
+
+
+def _parts(seed: int, vae: nn.Module, **schedule) -> dict[str, Any]:
+    """What every Wan pipeline has beside its transformer."""
+    from diffusers import UniPCMultistepScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):  # the constructors draw weights too; those are all replaced below
+    with torch.random.fork_rng(devices=[]):  # the constructors draw weights too; those are all replaced
         text_encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
         )
-        vae = AutoencoderKLWan(base_dim=vae_dim, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    draw_weights(text_encoder, seed=seed)
+    scheduler = UniPCMultistepScheduler(**WAN_SCHEDULER | schedule)
+    return {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
+
+
+def _transformer(num_layers: int, heads: int = 2, head_dim: int = 24, *, seed: int, **config) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
         transformer = WanTransformer3DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             ffn_dim=4 * heads * head_dim,
             num_layers=num_layers,
             text_dim=32,
+            **config,
         )
-    draw_weights(text_encoder, seed=seed)
+    draw_weights(transformer, seed=seed)
+    return transformer
+
+
+def _vae(dim: int, seed: int) -> nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    with torch.random.fork_rng(devices=[]):
+        vae = AutoencoderKLWan(base_dim=dim, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     draw_weights(vae, seed=seed)
     _keep_local_colour(vae.encoder)
     _match_latents(vae, seed=seed)
-    draw_weights(transformer, seed=seed)
-    pipeline = WanPipeline(tokenizer, text_encoder, vae, UniPCMultistepScheduler(**WAN_SCHEDULER), transformer)
+    return vae
+
+
+def _clip(seed: int) -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    with torch.random.fork_rng(devices=[]):
+        clip = CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=3, hidden_act="gelu"))
+    draw_weights(clip, seed=seed)
+    return clip
+
+
+def _save(path: str | Path, pipeline: Any, shard_size: int | str | None = None) -> Path:
     with whole_folder(path) as folder:
         pipeline.save_config(folder)
-        for name in ("tokenizer", "text_encoder", "vae", "scheduler"):
-            getattr(pipeline, name).save_pretrained(folder / name)
-        transformer.save_pretrained(folder / "transformer", max_shard_size=shard_size or third(transformer))
+        for name, part in pipeline.components.items():
+            if name.startswith("transformer") and part is not None:
+                part.save_pretrained(folder / name, max_shard_size=shard_size or third(part))
+            elif name == "image_encoder" and part is not None:
+                _save_clip(folder / name, part)
+            elif part is not None:
+                part.save_pretrained(folder / name)
     return Path(path)
+
+
+def _save_clip(folder: Path, clip: nn.Module) -> None:
+    """With the tensor names of the published file, which the class itself no longer writes."""
+    clip.config.architectures = [type(clip).__name__]
+    clip.config.save_pretrained(folder)
+    prefix = "vision_model."
+    named = {prefix + name.removeprefix(prefix): value.contiguous() for name, value in clip.state_dict().items()}
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
 
 
 def _keep_local_colour(encoder: nn.Module) -> None:
