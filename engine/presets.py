@@ -32,6 +32,15 @@ FAMILIES = {
     "internvl": Family(
         "spatialprobe.engine.adapters.internvl:InternVL", ("internvl", "internvl_chat"), 81, STUDY_QUERY
     ),
+    "clip": Family("spatialprobe.engine.adapters.clip:CLIP", ("clip", "clip_vision_model"), 81, STUDY_QUERY),
+    "siglip": Family("spatialprobe.engine.adapters.siglip:SigLIP", ("siglip", "siglip_vision_model"), 81, STUDY_QUERY),
+    "aimv2": Family("spatialprobe.engine.adapters.aimv2:AIMv2", ("aimv2", "aimv2_vision_model"), 81, STUDY_QUERY),
+    "dinov2": Family(
+        "spatialprobe.engine.adapters.dinov2:DINOv2", ("dinov2", "dinov2_with_registers"), 81, STUDY_QUERY
+    ),
+    "dinov3": Family("spatialprobe.engine.adapters.dinov3:DINOv3", ("dinov3_vit",), 81, STUDY_QUERY),
+    "vjepa2": Family("spatialprobe.engine.adapters.vjepa2:VJEPA2", ("vjepa2",), 64, ":"),  # as pretrained
+    "videomae": Family("spatialprobe.engine.adapters.videomae:VideoMAE", ("videomae",), 16, ":"),  # takes no other
 }
 
 
@@ -91,6 +100,23 @@ PRESETS = {
     "internvl3-8b": _internvl("OpenGVLab/InternVL3-8B-hf", 28, 3584, 17, (1.75, 0.466)),
     "internvl3.5-4b": _internvl("OpenGVLab/InternVL3_5-4B-HF", 36, 2560, 21, (1.42, 0.202)),
     "internvl3.5-8b": _internvl("OpenGVLab/InternVL3_5-8B-HF", 36, 4096, 21, (1.92, 0.386)),
+    "clip-vit-large-14": Preset("clip", "openai/clip-vit-large-patch14", 24, 1024, {}, (20, 16, 16), (0.002, 0.0252)),
+    "siglip-so400m-14-384": Preset(
+        "siglip", "google/siglip-so400m-patch14-384", 27, 1152, {}, (20, 27, 27), (0.003, 0.0305)
+    ),
+    "siglip2-so400m-14-384": Preset(
+        "siglip", "google/siglip2-so400m-patch14-384", 27, 1152, {}, (20, 27, 27), (0.003, 0.0305)
+    ),
+    "aimv2-large-14-224": Preset("aimv2", "apple/aimv2-large-patch14-224", 24, 1024, {}, (20, 16, 16), (0.002, 0.0257)),
+    "dinov2-large": Preset("dinov2", "facebook/dinov2-large", 24, 1024, {}, (20, 16, 16), (0.004, 0.0252)),
+    "dinov2-reg-large": Preset(
+        "dinov2", "facebook/dinov2-with-registers-large", 24, 1024, {}, (20, 16, 16), (0.004, 0.0252)
+    ),
+    "dinov3-vitl16": Preset(
+        "dinov3", "facebook/dinov3-vitl16-pretrain-lvd1689m", 24, 1024, {}, (20, 14, 14), (0.002, 0.0252)
+    ),
+    "vjepa2-vitl-256": Preset("vjepa2", "facebook/vjepa2-vitl-fpc64-256", 24, 1024, {}, (32, 16, 16), (0.003, 0.0252)),
+    "videomae-large": Preset("videomae", "MCG-NJU/videomae-large", 24, 1024, {}, (8, 14, 14), (0.003, 0.0252)),
 }
 
 TEACHERS = {  # depth models for `engine targets` -> Hugging Face id
