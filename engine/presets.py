@@ -29,6 +29,7 @@ FAMILIES = {
     "wan": Family("spatialprobe.engine.adapters.wan:Wan", ("WanPipeline",), 81, ":", 749),
     "wan_i2v": Family("spatialprobe.engine.adapters.wan:WanI2V", ("WanImageToVideoPipeline",), 81, ":", 749),
     "qwen3_vl": Family("spatialprobe.engine.adapters.qwen3_vl:Qwen3VL", ("qwen3_vl",), 81, STUDY_QUERY),
+    "gemma3": Family("spatialprobe.engine.adapters.gemma3:Gemma3", ("gemma3",), 81, STUDY_QUERY),
     "internvl": Family(
         "spatialprobe.engine.adapters.internvl:InternVL", ("internvl", "internvl_chat"), 81, STUDY_QUERY
     ),
@@ -95,6 +96,8 @@ PRESETS = {
     "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
     "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
     "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),
+    "gemma-3-4b": Preset("gemma3", "google/gemma-3-4b-it", 34, 2560, {}, (20, 16, 16), (2.18, 0.189)),
+    "gemma-3-12b": Preset("gemma3", "google/gemma-3-12b-it", 48, 3840, {}, (20, 16, 16), (2.86, 0.448)),
     "internvl3-1b": _internvl("OpenGVLab/InternVL3-1B-hf", 24, 896, 20, (0.89, 0.030)),
     "internvl3-2b": _internvl("OpenGVLab/InternVL3-2B-hf", 28, 1536, 20, (1.09, 0.094)),
     "internvl3-8b": _internvl("OpenGVLab/InternVL3-8B-hf", 28, 3584, 17, (1.75, 0.466)),
