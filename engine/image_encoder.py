@@ -48,7 +48,7 @@ class ImageEncoder(Adapter):
         super().__init__(checkpoint, options)
         self.config = self._read_config()
         file = next((f for f in self.PROCESSOR_FILES if checkpoint.has(f)), self.PROCESSOR_FILES[0])
-        self.processor = ImageProcessor.from_config(checkpoint.json(file), str(checkpoint.root / file))
+        self.processor = self.read_processor(checkpoint.json(file), str(checkpoint.root / file))
         self.num_layers, self.num_steps = self.config.num_hidden_layers, 0
         self.channels, self.patch = self.config.hidden_size, self.config.patch_size
         self.size = self.processor.size if tuple(options["size"]) == (0, 0) else tuple(options["size"])
@@ -69,6 +69,9 @@ class ImageEncoder(Adapter):
             check_fields(raw.get("vision_config") or {}, vision, f"{where}, vision_config", harmless=harmless)
             return cls.from_dict(copy.deepcopy(raw)).vision_config
         return cls.from_dict(copy.deepcopy(raw))
+
+    def read_processor(self, config: dict[str, Any], where: str) -> ImageProcessor:
+        return ImageProcessor.from_config(config, where)
 
     def check_options(self) -> None:
         name, own, crop = type(self).__name__, self.processor.size, self.options["crop"]

@@ -35,6 +35,9 @@ FAMILIES = {
     ),
     "clip": Family("spatialprobe.engine.adapters.clip:CLIP", ("clip", "clip_vision_model"), 81, STUDY_QUERY),
     "siglip": Family("spatialprobe.engine.adapters.siglip:SigLIP", ("siglip", "siglip_vision_model"), 81, STUDY_QUERY),
+    "siglip2": Family(
+        "spatialprobe.engine.adapters.siglip2:SigLIP2", ("siglip2", "siglip2_vision_model"), 81, STUDY_QUERY
+    ),
     "aimv2": Family("spatialprobe.engine.adapters.aimv2:AIMv2", ("aimv2", "aimv2_vision_model"), 81, STUDY_QUERY),
     "dinov2": Family(
         "spatialprobe.engine.adapters.dinov2:DINOv2", ("dinov2", "dinov2_with_registers"), 81, STUDY_QUERY
@@ -109,6 +112,9 @@ PRESETS = {
     ),
     "siglip2-so400m-14-384": Preset(
         "siglip", "google/siglip2-so400m-patch14-384", 27, 1152, {}, (20, 27, 27), (0.003, 0.0305)
+    ),
+    "siglip2-so400m-16-naflex": Preset(
+        "siglip2", "google/siglip2-so400m-patch16-naflex", 27, 1152, {}, (20, 12, 21), (0.003, 0.0305)
     ),
     "aimv2-large-14-224": Preset("aimv2", "apple/aimv2-large-patch14-224", 24, 1024, {}, (20, 16, 16), (0.002, 0.0257)),
     "dinov2-large": Preset("dinov2", "facebook/dinov2-large", 24, 1024, {}, (20, 16, 16), (0.004, 0.0252)),

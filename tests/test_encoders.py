@@ -44,7 +44,7 @@ SPECIAL = {"clip": 1, "clip-alone": 1, "dinov2": 1, "dinov2-registers": 5, "dino
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
-    built = {name: build_encoder(root / name, name) for name in ENCODERS}
+    built = {name: build_encoder(root / name, name) for name in ENCODERS if name != "siglip2"}  # it has its own file
     for name in ("clip", "siglip"):
         built[f"{name}-alone"] = build_encoder(root / f"{name}-alone", name, part="vision_model")
     assert set(built) == set(WHOLE)

@@ -49,6 +49,11 @@ def _siglip(tf) -> nn.Module:
     return tf.SiglipModel(tf.SiglipConfig(text_config=TEXT | {"projection_size": 32}, vision_config=vision))
 
 
+def _siglip2(tf) -> nn.Module:
+    vision = COMMON | {"intermediate_size": 64, "num_patches": 25, "patch_size": 16}
+    return tf.Siglip2Model(tf.Siglip2Config(text_config=TEXT | {"projection_size": 32}, vision_config=vision))
+
+
 def _aimv2(tf, **more) -> nn.Module:
     config = COMMON | {"intermediate_size": 48, "image_size": 56, "patch_size": 14} | more
     return tf.Aimv2VisionModel(tf.Aimv2VisionConfig(**config))
@@ -85,6 +90,12 @@ def _videomae(tf) -> nn.Module:
 ENCODERS: dict[str, tuple[Callable[[Any], nn.Module], str, dict]] = {
     "clip": (_clip, "preprocessor_config.json", _steps("CLIPImageProcessor", 3, OPENAI, 64, 64)),
     "siglip": (_siglip, "preprocessor_config.json", _steps("SiglipImageProcessor", 3, HALVES, 60)),
+    "siglip2": (
+        _siglip2,
+        "preprocessor_config.json",
+        {k: v for k, v in _steps("Siglip2ImageProcessor", 2, HALVES, 0).items() if k not in ("size", "do_center_crop")}
+        | {"patch_size": 16, "max_num_patches": 256},
+    ),
     "aimv2": (_aimv2, "preprocessor_config.json", _steps("CLIPImageProcessor", 3, OPENAI, 56, 56)),
     "aimv2-native": (
         lambda tf: _aimv2(tf, is_native=True),
