@@ -45,6 +45,13 @@ FAMILIES = {
     "dinov3": Family("spatialprobe.engine.adapters.dinov3:DINOv3", ("dinov3_vit",), 81, STUDY_QUERY),
     "vjepa2": Family("spatialprobe.engine.adapters.vjepa2:VJEPA2", ("vjepa2",), 64, ":"),  # as pretrained
     "videomae": Family("spatialprobe.engine.adapters.videomae:VideoMAE", ("videomae",), 16, ":"),  # takes no other
+    "cogvideox": Family(
+        "spatialprobe.engine.adapters.cogvideox:CogVideoX",
+        ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
+        97,
+        ":",
+        749,
+    ),
 }
 
 
@@ -78,6 +85,11 @@ def _wan(repo: str, blocks: int, channels: int, weights: tuple[float, float], fa
     return Preset(family, repo, blocks, channels, layers, (21, 30, 52), weights, (15, 26), options)
 
 
+def _cogvideox(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
+    layers = {"tagging": 18, "instance": 18, "geometry": 20}
+    return Preset("cogvideox", repo, blocks, channels, layers, (26, 30, 45), weights, (15, 22))
+
+
 def _qwen3_vl(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
     layers = dict.fromkeys(("tagging", "instance", "geometry"), 21)  # the study's hidden_states[22]
     return Preset("qwen3_vl", repo, blocks, channels, layers, (20, 17, 30), weights)
@@ -96,6 +108,12 @@ PRESETS = {
     # weights are those of one expert: by default step 749 runs the low-noise one alone
     "wan2.2-t2v-a14b": Preset("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 40, 5120, {}, (21, 30, 52), (0.57, 0.703)),
     "wan2.2-i2v-a14b": Preset("wan_i2v", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 40, 5120, {}, (21, 30, 52), (0.57, 0.703)),
+    "cogvideox-2b": _cogvideox("THUDM/CogVideoX-2b", 30, 1920, (0.21, 0.112)),
+    "cogvideox-5b": _cogvideox("THUDM/CogVideoX-5b", 42, 3072, (0.22, 0.264)),
+    "cogvideox-5b-i2v": _cogvideox("THUDM/CogVideoX-5b-I2V", 42, 3072, (0.22, 0.264)),
+    "cogvideox1.5-5b": Preset(
+        "cogvideox", "THUDM/CogVideoX1.5-5B", 42, 3072, {}, (14, 48, 85), (0.22, 0.264), options={"size": (768, 1360)}
+    ),
     "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
     "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
     "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),

@@ -236,9 +236,14 @@ class Plan:
     passes: int = 1  # times that the blocks run, their tokens one after the other: parts of the window on their own
 
     def wanted_rows(self, query: tuple[int, ...]) -> tuple[int, ...]:
-        """Rows that see at least one frame of `query`, ascending. Raises ValueError if a frame has none."""
+        """Rows that see at least one frame of `query`, ascending. Raises ValueError if a frame has none.
+
+        Of a query that is the whole window all rows are wanted, also those that stand for no frame.
+        """
         unseen = [f for f in query if self.rows[f] < 0]
         if unseen:
             seen = [f for f, row in enumerate(self.rows) if row >= 0]
             raise ValueError(f"no feature row sees frames {unseen}; rows see {seen}")
+        if len(query) == self.frames:
+            return tuple(range(self.grid[0]))
         return tuple(sorted({self.rows[f] for f in query}))

@@ -153,5 +153,8 @@ def test_a_plan_knows_the_rows_of_wanted_frames():
     plan = Plan(5, (0, 1, 2, 3, 4), (8, 8), (2, 1, 1), (0, 1, 1, 1, -1))
     assert plan.wanted_rows((2, 3)) == (1,)
     assert plan.wanted_rows((0, 3)) == (0, 1)
+    whole = Plan(3, (0, 1, 2), (8, 8), (3, 1, 1), (0, 2, 2))  # row 1 stands for no frame
+    assert whole.wanted_rows((0, 1, 2)) == (0, 1, 2)
+    assert whole.wanted_rows((0, 1)) == (0, 2)
     with pytest.raises(ValueError, match=r"no feature row sees frames \[4\]; rows see \[0, 1, 2, 3\]"):
         plan.wanted_rows((0, 4))
