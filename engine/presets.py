@@ -29,6 +29,10 @@ FAMILIES = {
     "wan": Family("spatialprobe.engine.adapters.wan:Wan", ("WanPipeline",), 81, ":", 749),
     "wan_i2v": Family("spatialprobe.engine.adapters.wan:WanI2V", ("WanImageToVideoPipeline",), 81, ":", 749),
     "qwen3_vl": Family("spatialprobe.engine.adapters.qwen3_vl:Qwen3VL", ("qwen3_vl",), 81, STUDY_QUERY),
+    "qwen3_vl_moe": Family("spatialprobe.engine.adapters.qwen3_vl_moe:Qwen3VLMoe", ("qwen3_vl_moe",), 81, STUDY_QUERY),
+    "qwen2_5_vl": Family("spatialprobe.engine.adapters.qwen2_5_vl:Qwen25VL", ("qwen2_5_vl",), 81, STUDY_QUERY),
+    "qwen3_5": Family("spatialprobe.engine.adapters.qwen3_5:Qwen35", ("qwen3_5",), 81, STUDY_QUERY),
+    "glm4v": Family("spatialprobe.engine.adapters.glm4v:Glm4v", ("glm4v",), 81, STUDY_QUERY),
     "gemma3": Family("spatialprobe.engine.adapters.gemma3:Gemma3", ("gemma3",), 81, STUDY_QUERY),
     "internvl": Family(
         "spatialprobe.engine.adapters.internvl:InternVL", ("internvl", "internvl_chat"), 81, STUDY_QUERY
@@ -95,6 +99,15 @@ def _qwen3_vl(repo: str, blocks: int, channels: int, weights: tuple[float, float
     return Preset("qwen3_vl", repo, blocks, channels, layers, (20, 17, 30), weights)
 
 
+def _qwen2_5_vl(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
+    layers = dict.fromkeys(("tagging", "instance", "geometry"), 20)  # the study's hidden_states[21]
+    return Preset("qwen2_5_vl", repo, blocks, channels, layers, (20, 19, 34), weights)
+
+
+def _qwen3_5(repo: str, blocks: int, channels: int, weights: tuple[float, float]) -> Preset:
+    return Preset("qwen3_5", repo, blocks, channels, {}, (20, 17, 30), weights)
+
+
 def _internvl(repo: str, blocks: int, channels: int, layer: int, weights: tuple[float, float]) -> Preset:
     layers = dict.fromkeys(("tagging", "instance", "geometry"), layer)  # one below the study's hidden_states
     return Preset("internvl", repo, blocks, channels, layers, (20, 16, 16), weights)
@@ -117,6 +130,16 @@ PRESETS = {
     "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
     "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
     "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),
+    "qwen3-vl-30b-a3b": Preset(
+        "qwen3_vl_moe", "Qwen/Qwen3-VL-30B-A3B-Instruct", 48, 2048, {}, (20, 17, 30), (1.70, 1.246)
+    ),
+    "qwen2.5-vl-3b": _qwen2_5_vl("Qwen/Qwen2.5-VL-3B-Instruct", 36, 2048, (1.96, 0.154)),
+    "qwen2.5-vl-7b": _qwen2_5_vl("Qwen/Qwen2.5-VL-7B-Instruct", 28, 3584, (2.44, 0.466)),
+    "qwen3.5-0.8b": _qwen3_5("Qwen/Qwen3.5-0.8B", 24, 1024, (0.71, 0.043)),
+    "qwen3.5-4b": _qwen3_5("Qwen/Qwen3.5-4B", 32, 2560, (1.94, 0.226)),
+    "qwen3.5-9b": _qwen3_5("Qwen/Qwen3.5-9B", 32, 4096, (2.95, 0.437)),
+    "qwen3.5-27b": _qwen3_5("Qwen/Qwen3.5-27B", 64, 5120, (3.46, 0.767)),
+    "glm-4.1v-9b": Preset("glm4v", "zai-org/GLM-4.1V-9B-Thinking", 40, 4096, {}, (20, 19, 34), (3.03, 0.408)),
     "gemma-3-4b": Preset("gemma3", "google/gemma-3-4b-it", 34, 2560, {}, (20, 16, 16), (2.18, 0.189)),
     "gemma-3-12b": Preset("gemma3", "google/gemma-3-12b-it", 48, 3840, {}, (20, 16, 16), (2.86, 0.448)),
     "internvl3-1b": _internvl("OpenGVLab/InternVL3-1B-hf", 24, 896, 20, (0.89, 0.030)),

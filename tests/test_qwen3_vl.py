@@ -6,8 +6,9 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL, fit_pixels
+from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
 from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.image_grid import fit_pixels
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.types import Clip
 
@@ -119,7 +120,7 @@ def test_a_batch_gives_what_single_clips_give(qwen_path, tmp_path):
 @pytest.mark.parametrize("images", [1, 3, 20])
 def test_input_size_is_the_processors(qwen_path, size, images):
     qwen = adapter(qwen_path)
-    least, most = qwen._pixel_budget(images)
+    least, most = qwen.pixel_budget(images)
     processor = Qwen2VLImageProcessorPil.from_pretrained(qwen_path)
     grid = processor(
         images=[Image.new("RGB", size[::-1])],

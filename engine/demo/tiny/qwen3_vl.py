@@ -3,8 +3,10 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from spatialprobe.engine.demo.tiny.parts import draw_weights, qwen_tokenizer, third, whole_folder
 
@@ -57,8 +59,21 @@ def build_qwen3_vl(
     if vision_layers < 3:
         raise ValueError(f"wanted vision_layers of at least 3 (DeepStack takes blocks 0, 1 and 2), got {vision_layers}")
     tokenizer = qwen_tokenizer()
+    config = Qwen3VLConfig(
+        text_config=qwen3_text(tokenizer, num_layers, heads, head_dim) | {"tie_word_embeddings": tie_word_embeddings},
+        vision_config=qwen3_vision(vision_layers, vision_heads, vision_head_dim, heads * head_dim)
+        | {"deepstack_visual_indexes": [0, 1, 2]},
+        tie_word_embeddings=tie_word_embeddings,
+        **token_ids(tokenizer),
+    )
+    model = drawn(Qwen3VLForConditionalGeneration, config, dtype, seed)
+    return write_checkpoint(path, model, tokenizer, QWEN3_FILES, shard_size)
+
+
+def qwen3_text(tokenizer: Any, num_layers: int, heads: int, head_dim: int) -> dict[str, Any]:
+    """Fields of the decoder's config."""
     height = width = 5 * head_dim // 32  # the published split of the rotary pairs is 24, 20, 20 for head_dim 128
-    text = {
+    return {
         "vocab_size": math.ceil(len(tokenizer) / 64) * 64,  # larger than the tokenizer's, as published
         "hidden_size": heads * head_dim,
         "intermediate_size": 3 * heads * head_dim,
@@ -73,33 +88,44 @@ def build_qwen3_vl(
             "mrope_interleaved": True,
         },
     }
-    vision = {
-        "depth": vision_layers,
-        "hidden_size": vision_heads * vision_head_dim,
-        "intermediate_size": 4 * vision_heads * vision_head_dim,
-        "num_heads": vision_heads,
+
+
+def qwen3_vision(layers: int, heads: int, head_dim: int, out_hidden_size: int) -> dict[str, Any]:
+    """Fields of the vision tower's config."""
+    return {
+        "depth": layers,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": 4 * heads * head_dim,
+        "num_heads": heads,
         "patch_size": QWEN3_VISION["patch_size"],
         "temporal_patch_size": QWEN3_VISION["temporal_patch_size"],
         "spatial_merge_size": QWEN3_VISION["merge_size"],
-        "out_hidden_size": heads * head_dim,
+        "out_hidden_size": out_hidden_size,
         "num_position_embeddings": 256,  # 16 x 16, resampled to each image's grid
-        "deepstack_visual_indexes": [0, 1, 2],
     }
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """Of the tokens around and in the place of images, as config.json names them."""
     ids = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     ids |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    config = Qwen3VLConfig(
-        text_config=text | {"tie_word_embeddings": tie_word_embeddings},
-        vision_config=vision,
-        tie_word_embeddings=tie_word_embeddings,
-        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in ids.items()},
-    )
+    return {key: tokenizer.convert_tokens_to_ids(token) for key, token in ids.items()}
+
+
+def drawn(cls: type, config: Any, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A model with random weights, drawn in float32."""
     with torch.random.fork_rng(devices=[]):
-        model = Qwen3VLForConditionalGeneration(config)
+        model = cls(config)
     draw_weights(model, seed=seed)
-    model.to(dtype)
+    return model.to(dtype)
+
+
+def write_checkpoint(
+    path: str | Path, model: nn.Module, tokenizer: Any, files: dict[str, dict], shard_size: int | str | None = None
+) -> Path:
     with whole_folder(path) as folder:
         model.save_pretrained(folder, max_shard_size=shard_size or third(model))
         tokenizer.save_pretrained(folder)
-        for name, content in QWEN3_FILES.items():
+        for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     return Path(path)
