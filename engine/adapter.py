@@ -75,6 +75,10 @@ class Adapter(ABC):
         """Timestep and sigma of a step and the like, for provenance. Needs `load` first."""
         return {}
 
+    def describe_clip_step(self, step: int, plan: Plan) -> dict[str, float]:
+        """The same for a clip of this plan: some families shift their schedule by the number of tokens."""
+        return self.describe_step(step)
+
     @abstractmethod
     def check_options(self) -> None:
         """Raises ValueError for option values the model cannot take."""

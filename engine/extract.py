@@ -128,7 +128,7 @@ def prepare(ref: ClipRef, adapter: Adapter, spec: FeatureSpec, clock: Clock) -> 
         "grid": list(plan.grid),
         "rows_kept": list(kept),
         "seed": spec.seed,
-        "steps": [{"step": step, **adapter.describe_step(step)} for step in spec.steps],
+        "steps": [{"step": step, **adapter.describe_clip_step(step, plan)} for step in spec.steps],
     }
     return Prepared(ref, plan, kept, inputs, provenance)
 

@@ -56,6 +56,9 @@ FAMILIES = {
         ":",
         749,
     ),
+    "ltx": Family("spatialprobe.engine.adapters.ltx:LTX", ("LTXPipeline",), 81, ":", 898),
+    "mochi": Family("spatialprobe.engine.adapters.mochi:Mochi", ("MochiPipeline",), 81, ":", 847),
+    "cosmos": Family("spatialprobe.engine.adapters.cosmos:Cosmos", ("Cosmos2VideoToWorldPipeline",), 81, ":", 596),
 }
 
 
@@ -167,6 +170,14 @@ PRESETS = {
     ),
     "vjepa2-vitl-256": Preset("vjepa2", "facebook/vjepa2-vitl-fpc64-256", 24, 1024, {}, (32, 16, 16), (0.003, 0.0252)),
     "videomae-large": Preset("videomae", "MCG-NJU/videomae-large", 24, 1024, {}, (8, 14, 14), (0.003, 0.0252)),
+    "ltx-video": Preset("ltx", "Lightricks/LTX-Video", 28, 2048, {}, (11, 16, 22), (0.45, 0.134)),
+    "mochi-1": Preset("mochi", "genmo/mochi-1-preview", 48, 3072, {}, (15, 30, 53), (0.39, 0.415)),
+    "cosmos-predict2-2b": Preset(
+        "cosmos", "nvidia/Cosmos-Predict2-2B-Video2World", 28, 2048, {}, (21, 44, 80), (0.14, 0.138)
+    ),
+    "cosmos-predict2-14b": Preset(
+        "cosmos", "nvidia/Cosmos-Predict2-14B-Video2World", 36, 5120, {}, (21, 44, 80), (0.33, 0.786)
+    ),
 }
 
 TEACHERS = {  # depth models for `engine targets` -> Hugging Face id
