@@ -70,6 +70,13 @@ def part_of(model, path: str):
 
 def whole_model(name: str, folder, dtype=torch.float32):
     model = getattr(transformers, WHOLE[name][0]).from_pretrained(folder, dtype=dtype)
+    if name == "videomae":  # whose biases transformers 5.0 to 5.17 at least do not find under their published names
+        stored = load_file(folder / "model.safetensors")
+        for i, block in enumerate(model.videomae.encoder.layer):
+            attention, prefix = block.attention.attention, f"videomae.encoder.layer.{i}.attention.attention"
+            attention.query.bias.data = stored[f"{prefix}.q_bias"].to(dtype)
+            attention.value.bias.data = stored[f"{prefix}.v_bias"].to(dtype)
+            attention.key.bias = None
     return aligned(model)
 
 

@@ -17,6 +17,7 @@ from spatialprobe.engine.types import Plan
 class VideoMAE(VideoEncoder):
     CONFIGS = {"videomae": "VideoMAEConfig"}
     PREFIXES = ("videomae.", "")
+    HARMLESS = frozenset({"qkv_bias", "qv_bias"})  # two releases' names of one field
     RENAMES = {"attention.query.bias": "attention.q_bias", "attention.value.bias": "attention.v_bias"}
     resizes = False
 
@@ -29,7 +30,11 @@ class VideoMAE(VideoEncoder):
         from transformers import VideoMAEModel
 
         config.use_mean_pooling = True  # without a norm after the blocks
-        return VideoMAEModel(config)
+        model = VideoMAEModel(config)
+        for block in model.encoder.layer:
+            # Published models have none, transformers 5.0 to 5.17 at least do. It shifts all scores of a query alike.
+            block.attention.attention.key.bias = None
+        return model
 
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
         super().load(depth, device, dtype, cache)

@@ -83,7 +83,11 @@ def _videomae(tf) -> nn.Module:
     decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = COMMON | {"intermediate_size": 64, "image_size": 64, "patch_size": 16, "num_frames": 8}
     config |= {f"decoder_{k}": v for k, v in decoder.items()}
-    return tf.VideoMAEForPreTraining(tf.VideoMAEConfig(**config, use_mean_pooling=False))
+    model = tf.VideoMAEForPreTraining(tf.VideoMAEConfig(**config, use_mean_pooling=False))
+    for name, module in model.named_modules():
+        if name.endswith("attention.key"):
+            module.bias = None  # some releases of transformers give keys one, published models have none
+    return model
 
 
 # name -> (model, file of its processor, that file)
@@ -136,7 +140,9 @@ def build_encoder(path: str | Path, name: str, *, part: str | None = None, seed:
         whole = model if part is None else getattr(model, part)
         whole.save_pretrained(folder)
         if part is not None:
-            _prefix(folder / "model.safetensors", part)
+            _rename(folder, lambda name: f"{part}.{name.removeprefix(part + '.')}")
+        if name == "videomae":
+            _rename(folder, lambda name: name.replace("query.bias", "q_bias").replace("value.bias", "v_bias"))
         (folder / file).write_text(json.dumps(steps, indent=2) + "\n")
     return Path(path)
 
@@ -150,6 +156,7 @@ def _place(model: nn.Module, *, seed: int) -> None:
                 parameter.normal_(0, 0.5, generator=generator)
 
 
-def _prefix(file: Path, prefix: str) -> None:
-    tensors = {f"{prefix}.{name.removeprefix(prefix + '.')}": x for name, x in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
+def _rename(folder: Path, name: Callable[[str], str]) -> None:
+    """Gives tensors their published names, where the installed transformers writes others."""
+    file = folder / "model.safetensors"
+    save_file({name(stored): tensor for stored, tensor in load_file(file).items()}, file, {"format": "pt"})
