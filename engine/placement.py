@@ -20,7 +20,7 @@ def check_fits(adapter: Adapter, depth: int, dtype: torch.dtype, device: torch.d
     places = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if offload == "spread" else [device]
     free = sum(free_bytes(place) for place in places)
     if before + held * block > free:
-        fit = max(0, int((free - before) // block))
+        fit = max(0, int((free - before) // block)) if block else 0  # 0: a model that is loaded whole at any depth
         deepest = f"{fit} would fit (layers up to {fit - 1})" if fit else "not one would fit"
         raise ValueError(
             f"{depth} blocks need {(before + held * block) / 1e9:.1f} GB for their weights, and "

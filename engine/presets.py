@@ -56,6 +56,7 @@ FAMILIES = {
         ":",
         749,
     ),
+    "aether": Family("spatialprobe.engine.adapters.aether:Aether", (), 81, ":", 749),
     "ltx": Family("spatialprobe.engine.adapters.ltx:LTX", ("LTXPipeline",), 81, ":", 898),
     "mochi": Family("spatialprobe.engine.adapters.mochi:Mochi", ("MochiPipeline",), 81, ":", 847),
     "cosmos": Family("spatialprobe.engine.adapters.cosmos:Cosmos", ("Cosmos2VideoToWorldPipeline",), 81, ":", 596),
@@ -129,6 +130,16 @@ PRESETS = {
     "cogvideox-5b-i2v": _cogvideox("THUDM/CogVideoX-5b-I2V", 42, 3072, (0.22, 0.264)),
     "cogvideox1.5-5b": Preset(
         "cogvideox", "THUDM/CogVideoX1.5-5B", 42, 3072, {}, (14, 48, 85), (0.22, 0.264), options={"size": (768, 1360)}
+    ),
+    "aether": Preset(
+        "aether",
+        "AetherWorldModel/AetherV1",
+        42,
+        3072,
+        {"tagging": 18, "instance": 18, "geometry": 20},
+        (22, 30, 45),
+        (11.33, 0.0),  # its reconstruction runs every block
+        (15, 22),
     ),
     "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
     "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
