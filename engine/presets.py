@@ -60,6 +60,12 @@ FAMILIES = {
     "ltx": Family("spatialprobe.engine.adapters.ltx:LTX", ("LTXPipeline",), 81, ":", 898),
     "mochi": Family("spatialprobe.engine.adapters.mochi:Mochi", ("MochiPipeline",), 81, ":", 847),
     "cosmos": Family("spatialprobe.engine.adapters.cosmos:Cosmos", ("Cosmos2VideoToWorldPipeline",), 81, ":", 596),
+    # step 874 has as much noise as Wan's 749
+    "hunyuan_video": Family(
+        "spatialprobe.engine.adapters.hunyuan_video:HunyuanVideo", ("HunyuanVideoPipeline",), 81, ":", 874
+    ),
+    # 129 frames, of which the study kept the rows of the first 81; step 750 is its t = .25, before the shift
+    "open_sora": Family("spatialprobe.engine.adapters.open_sora:OpenSora", (), 129, ":81", 750),
 }
 
 
@@ -70,12 +76,13 @@ class Preset:
     blocks: int
     channels: int
     layers: dict[str, int]  # probe task -> block the published study used; empty for a model it did not have
-    grid: tuple[int, int, int]  # (T, H, W) tokens at the family's default window and size
+    grid: tuple[int, int, int]  # (T, H, W) tokens that are kept at the family's default window, query and size
     weights: tuple[float, float]  # GB in bfloat16: what runs before the blocks, and one block
     pool: tuple[int, int] | None = None  # token grid the study's probes see; None is the model's own
     options: dict[str, Any] = field(
         default_factory=dict
     )  # the family's, where this model wants others than its defaults
+    later: tuple[int, float] | None = None  # where blocks are of two kinds: the first of the second, and GB of each
 
     @property
     def clip_bytes(self) -> int:
@@ -85,7 +92,9 @@ class Preset:
 
     def memory_gb(self, layer: int) -> float:
         """Weights on the device, in bfloat16, to run up to block `layer`."""
-        return self.weights[0] + (layer + 1) * self.weights[1]
+        depth = layer + 1
+        first, later = self.later or (depth, 0.0)
+        return self.weights[0] + min(depth, first) * self.weights[1] + max(0, depth - first) * later
 
 
 def _wan(repo: str, blocks: int, channels: int, weights: tuple[float, float], family: str = "wan", **options) -> Preset:
@@ -188,6 +197,27 @@ PRESETS = {
     ),
     "cosmos-predict2-14b": Preset(
         "cosmos", "nvidia/Cosmos-Predict2-14B-Video2World", 36, 5120, {}, (21, 44, 80), (0.33, 0.786)
+    ),
+    "hunyuanvideo": Preset(
+        "hunyuan_video",
+        "hunyuanvideo-community/HunyuanVideo",
+        60,
+        3072,
+        {},
+        (21, 30, 52),
+        (0.92, 0.680),
+        later=(20, 0.283),
+    ),
+    "open-sora-2": Preset(
+        "open_sora",
+        "hpcai-tech/Open-Sora-v2",
+        57,
+        3072,
+        {"tagging": 37, "instance": 37, "geometry": 39},  # the study's single blocks 18 and 20, after 19 double ones
+        (21, 30, 53),
+        (0.27, 0.680),
+        (15, 26),
+        later=(19, 0.283),
     ),
 }
 

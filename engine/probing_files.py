@@ -69,6 +69,7 @@ def _given(rows: tuple[int, ...], frames: int, query: tuple[int, ...], length: i
 ROW_RULES = {  # by the beginning of the family's name
     "wan": Published(_causal),
     "opensora": Published(_causal),
+    "open_sora": Published(_causal),
     "cogvideox": Published(_interleaved, parts=2, tag="t2v_5b_"),
     "aether": Published(_interleaved, parts=2),
     "qwen": Published(_images),
