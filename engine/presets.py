@@ -29,6 +29,9 @@ FAMILIES = {
     "wan": Family("spatialprobe.engine.adapters.wan:Wan", ("WanPipeline",), 81, ":", 749),
     "wan_i2v": Family("spatialprobe.engine.adapters.wan:WanI2V", ("WanImageToVideoPipeline",), 81, ":", 749),
     "qwen3_vl": Family("spatialprobe.engine.adapters.qwen3_vl:Qwen3VL", ("qwen3_vl",), 81, STUDY_QUERY),
+    "llava_onevision": Family(
+        "spatialprobe.engine.adapters.llava_onevision:LlavaOneVision", ("llavaonevision1_5",), 81, STUDY_QUERY
+    ),
     "qwen3_vl_moe": Family("spatialprobe.engine.adapters.qwen3_vl_moe:Qwen3VLMoe", ("qwen3_vl_moe",), 81, STUDY_QUERY),
     "qwen2_5_vl": Family("spatialprobe.engine.adapters.qwen2_5_vl:Qwen25VL", ("qwen2_5_vl",), 81, STUDY_QUERY),
     "qwen3_5": Family("spatialprobe.engine.adapters.qwen3_5:Qwen35", ("qwen3_5",), 81, STUDY_QUERY),
@@ -153,6 +156,9 @@ PRESETS = {
     "qwen3-vl-2b": _qwen3_vl("Qwen/Qwen3-VL-2B-Instruct", 28, 2048, (1.44, 0.101)),
     "qwen3-vl-4b": _qwen3_vl("Qwen/Qwen3-VL-4B-Instruct", 36, 2560, (1.61, 0.202)),
     "qwen3-vl-8b": _qwen3_vl("Qwen/Qwen3-VL-8B-Instruct", 36, 4096, (2.40, 0.386)),
+    "llava-onevision-1.5-8b": Preset(
+        "llava_onevision", "lmms-lab/LLaVA-OneVision-1.5-8B-Instruct", 36, 4096, {}, (20, 19, 34), (1.92, 0.386)
+    ),
     "qwen3-vl-30b-a3b": Preset(
         "qwen3_vl_moe", "Qwen/Qwen3-VL-30B-A3B-Instruct", 48, 2048, {}, (20, 17, 30), (1.70, 1.246)
     ),
