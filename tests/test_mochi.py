@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline
+from diffusers.models.attention_processor import MochiAttnProcessor2_0
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from PIL import Image
 from pipeline_step import only_step, sampled_until
@@ -195,6 +196,18 @@ def test_only_the_wanted_blocks_are_loaded(path, tmp_path, mochi):
     assert mochi.vae.decoder is None
     kinds = {type(v).__name__ for v in vars(mochi).values() if isinstance(v, torch.nn.Module)}
     assert kinds == {"MochiTransformer3DModel", "AutoencoderKLMochi", "ModuleList"}
+
+
+def test_no_block_waits_to_learn_which_tokens_are_valid(mochi, monkeypatch):
+    """The library's attention asks the mask for them with `nonzero`, which on a GPU is a wait in every block."""
+    plan = mochi.plan(1, (0,))
+    state = torch.zeros(1, *mochi.noise_shape(plan))
+    monkeypatch.setattr(torch, "nonzero", lambda *a, **k: pytest.fail("waited for the device"))
+    with torch.inference_mode():
+        mochi.forward(state, STEP, torch.ones_like(state))
+    monkeypatch.setattr(mochi.blocks[0].attn1, "processor", MochiAttnProcessor2_0())  # the library's own does
+    with torch.inference_mode(), pytest.raises(pytest.fail.Exception, match="waited"):
+        mochi.forward(state, STEP, torch.ones_like(state))
 
 
 def test_the_prompt_is_embedded_once(path, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
@@ -22,6 +23,50 @@ from spatialprobe.engine.t5 import load_t5
 from spatialprobe.engine.types import Clip, Plan
 
 NOISE_THRESHOLD = 0.025  # MochiPipeline's: the first half of the steps takes this much of the noise away
+
+
+class FirstTokens:
+    """MochiAttention's arithmetic, where the text's valid tokens are the first `count` of every clip.
+
+    The library looks for them in the mask, clip by clip and block by block, and each time waits for the device.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,  # [B, N, C]
+        encoder_hidden_states: Tensor,  # [B, L, D]
+        attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],  # cosines and sines [N, heads, head_dim / 2]
+    ) -> tuple[Tensor, Tensor]:
+        def split(x: Tensor) -> Tensor:  # [B, tokens, heads, head_dim]
+            return x.unflatten(2, (attn.heads, -1))
+
+        video, text = hidden_states, encoder_hidden_states
+        query = rotate(attn.norm_q(split(attn.to_q(video))), *image_rotary_emb)
+        key = rotate(attn.norm_k(split(attn.to_k(video))), *image_rotary_emb)
+        text_query = attn.norm_added_q(split(attn.add_q_proj(text)))
+        text_key = attn.norm_added_k(split(attn.add_k_proj(text)))
+        pairs = (query, text_query), (key, text_key), (split(attn.to_v(video)), split(attn.add_v_proj(text)))
+        joined = (torch.cat([a, b[:, : self.count]], 1).transpose(1, 2) for a, b in pairs)
+        out = F.scaled_dot_product_attention(*joined).transpose(1, 2).flatten(2)
+        out_video, out_text = out.split([video.shape[1], self.count], 1)
+        out_text = F.pad(out_text, (0, 0, 0, text.shape[1] - self.count))
+        out_video = attn.to_out[1](attn.to_out[0](out_video))
+        return out_video, attn.to_add_out(out_text) if hasattr(attn, "to_add_out") else out_text
+
+
+def rotate(
+    x: Tensor,  # [B, N, heads, head_dim], its pairs beside each other
+    cosines: Tensor,  # [N, heads, head_dim / 2]
+    sines: Tensor,
+) -> Tensor:
+    """Each pair turned by its angle, in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cosines - b * sines, a * sines + b * cosines], -1).flatten(-2).to(x.dtype)
 
 
 class Mochi(Adapter):
@@ -89,12 +134,16 @@ class Mochi(Adapter):
         what = (self.options["prompt"], self.options["prompt_tokens"], dtype)
         prompt = cached(prompt_file(cache, self.checkpoint, *what), self._run_text_encoder)
         self.prompt, self.prompt_mask = prompt["prompt"].to(device, dtype), prompt["mask"].bool().to(device)
+        valid = int(prompt["mask"].sum())
+        assert prompt["mask"][:, :valid].all(), "T5's tokenizer pads on the right"
         self.transformer, self.vae = self.skeleton(depth)
         load_weights(self.transformer, self.checkpoint, "transformer", device=device, dtype=dtype)
         load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
         if self.options["vae_tiling"]:
             self.vae.enable_tiling()
         self.blocks = self.transformer.transformer_blocks
+        for block in self.blocks:
+            block.attn1.processor = FirstTokens(valid)
 
     @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
