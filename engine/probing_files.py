@@ -67,6 +67,7 @@ def _given(rows: tuple[int, ...], frames: int, query: tuple[int, ...], length: i
 
 
 ROW_RULES = {  # by the beginning of the family's name
+    "wan_i2v": Published(_causal, tag="i2v_"),
     "wan": Published(_causal),
     "opensora": Published(_causal),
     "open_sora": Published(_causal),

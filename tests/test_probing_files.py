@@ -178,7 +178,7 @@ def test_what_the_layout_cannot_say_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no name for features merged over steps"):
         export_probing(wan_store(tmp_path / "a", merge_steps=True), tmp_path / "out", "wan")
     unknown = FeatureStore.create(tmp_path / "b", FeatureSpec("dino", "content:0", (1,)))
-    with pytest.raises(ValueError, match="no published layout is known for family 'dino'; known: wan, opensora"):
+    with pytest.raises(ValueError, match="no published layout is known for family 'dino'; known: wan_i2v, wan"):
         export_probing(unknown, tmp_path / "out", "dino")
     odd = make_store(tmp_path / "c", FeatureSpec("cogvideox", "content:0", (1,), (7,)), [0], length=13)
     assert "13 rows must be 2 equal halves" in export_probing(odd, tmp_path / "out", "cog").failed["val/b"]

@@ -24,6 +24,7 @@ from transformers import CLIPVisionModel
 from spatialprobe.engine.adapters.wan import Wan, WanI2V, condition_size
 from spatialprobe.engine.demo.tiny.wan import build_wan_experts, build_wan_i2v, build_wan_ti2v
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.probing_files import probing_name, published
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import Clip
 
@@ -284,6 +285,12 @@ def test_image_to_video_through_a_job(paths, clips_path, tmp_path):
     assert store.read("clip1", 1, 749).data.shape == (3, 4, 6, 48)
     assert store.provenance("clip1")["steps"][0]["timestep"] == 627
     assert list(store.verify()) == []
+
+
+def test_published_files_carry_the_studys_names():
+    rule = published("wan_i2v")
+    assert probing_name(20, 749, rule.tag) == "feature_i2v_t749_layer20.sft"
+    assert rule.rows(9, (0,), 3) == [0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_checkpoints_of_another_kind_are_refused(paths, wan_path, tmp_path):
