@@ -1,6 +1,8 @@
 """Where a model's weights lie: on one device, its blocks in host memory, or its blocks spread over several GPUs."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -14,21 +16,23 @@ OFFLOAD = ("none", "host", "spread")
 
 def check_fits(adapter: Adapter, depth: int, dtype: torch.dtype, device: torch.device, offload: str) -> None:
     """Raises ValueError if the weights of the first `depth` blocks alone cannot fit, and says what depth would."""
-    one, two = adapter.weight_bytes(1, dtype), adapter.weight_bytes(2, dtype)
-    before, block = 2 * one - two, two - one
-    held = 1 if offload == "host" and device.type == "cuda" else depth
+    weights = partial(adapter.weight_bytes, dtype=dtype)
+    before = 2 * weights(1) - weights(2)
+    # The first block stands for one that is held at a time: where blocks are of two kinds, it is of the larger.
+    needed = weights(1 if offload == "host" and device.type == "cuda" else depth)
     places = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if offload == "spread" else [device]
     free = sum(free_bytes(place) for place in places)
-    if before + held * block > free:
-        fit = max(0, int((free - before) // block)) if block else 0  # 0: a model that is loaded whole at any depth
+    if needed > free:
+        fit = bisect_right(range(1, depth), free, key=weights)
         deepest = f"{fit} would fit (layers up to {fit - 1})" if fit else "not one would fit"
         raise ValueError(
-            f"{depth} blocks need {(before + held * block) / 1e9:.1f} GB for their weights, and "
+            f"{depth} blocks need {needed / 1e9:.1f} GB for their weights, and "
             f"{', '.join(map(str, places))} has {free / 1e9:.1f} GB free: {deepest}; see also --offload"
         )
-    if offload == "host" and depth * block > free_bytes(torch.device("cpu")):
-        fit = int(free_bytes(torch.device("cpu")) // block)
-        raise ValueError(f"{depth} blocks need {depth * block / 1e9:.1f} GB of host memory: {fit} blocks would fit")
+    in_host, host_free = weights(depth) - before, free_bytes(torch.device("cpu"))
+    if offload == "host" and in_host > host_free:
+        fit = bisect_right(range(1, depth), host_free + before, key=weights)
+        raise ValueError(f"{depth} blocks need {in_host / 1e9:.1f} GB of host memory: {fit} blocks would fit")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features
 from families import make_noise as noise_of
 from PIL import Image
 
+from spatialprobe.engine import placement
 from spatialprobe.engine.adapters.hunyuan_video import HunyuanVideo
 from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
 from spatialprobe.engine.job import Job
@@ -129,6 +130,15 @@ def test_only_the_wanted_blocks_are_loaded(path, cache):
     read = bytes_by_depth(lambda: make_adapter(HunyuanVideo, path, size=SIZE), (1, 2, 3, 4), cache)
     blocks = loaded(path, cache).blocks
     assert [read[d + 1] - read[d] for d in (1, 2, 3)] == [sum(p.nbytes for p in b.parameters()) for b in blocks[1:]]
+
+
+def test_blocks_in_host_memory_change_no_value(path, cache):
+    whole, offloaded = loaded(path, cache), loaded(path, cache)
+    placement.place(offloaded, CPU, "host")
+    assert all(p.is_meta for block in offloaded.blocks for p in block.parameters())
+    a, b = (features(adapter, make_clip(5), (1, 3), step=874) for adapter in (whole, offloaded))
+    assert torch.equal(a[1], b[1])
+    assert torch.equal(a[3], b[3])
 
 
 def test_a_job_writes_a_store_that_verifies(path, clips_path, tmp_path):

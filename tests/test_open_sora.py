@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
+from spatialprobe.engine import placement
 from spatialprobe.engine.adapters.open_sora import OpenSora
 from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.job import Job
@@ -244,6 +245,26 @@ def test_only_the_wanted_blocks_are_loaded(path, cache):
     read = bytes_by_depth(lambda: make_adapter(OpenSora, path, **options), (1, 2, 3, 4), cache)
     blocks = loaded(path, cache).blocks
     assert [read[d + 1] - read[d] for d in (1, 2, 3)] == [sum(p.nbytes for p in b.parameters()) for b in blocks[1:]]
+
+
+def test_single_blocks_are_not_taken_for_the_larger_double_ones(path, monkeypatch):
+    adapter = make_adapter(OpenSora, path, size=SIZE)
+    one, two, three, whole = (adapter.weight_bytes(depth, torch.float32) for depth in (1, 2, 3, 4))
+    assert whole < one + 3 * (two - one)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: whole)
+    placement.check_fits(adapter, 4, torch.float32, CPU, "none")
+    monkeypatch.setattr(placement, "free_bytes", lambda device: three)
+    with pytest.raises(ValueError, match=r"4 blocks need .* 3 would fit \(layers up to 2\)"):
+        placement.check_fits(adapter, 4, torch.float32, CPU, "none")
+
+
+def test_blocks_in_host_memory_change_no_value(path, cache):
+    whole, offloaded = loaded(path, cache), loaded(path, cache)
+    placement.place(offloaded, CPU, "host")
+    assert all(p.is_meta for block in offloaded.blocks for p in block.parameters())
+    a, b = (features(adapter, make_clip(5), (1, 3), step=750) for adapter in (whole, offloaded))
+    assert torch.equal(a[1], b[1])
+    assert torch.equal(a[3], b[3])
 
 
 def test_a_job_writes_a_store_that_verifies(path, clips_path, tmp_path):
