@@ -85,7 +85,8 @@ def test_frames_are_squashed_and_normalised(path, tmp_path):
     adapter = loaded(path, 1, tmp_path, tap="vision")
     clip = make_clip(size=(90, 160))
     plan = adapter.plan(9, QUERY)
-    got = adapter.prepare(shown(clip, plan), plan)["pixel_values"]
+    pixels = adapter.prepare(shown(clip, plan), plan)["pixels"]
+    got = adapter.encode({"pixels": pixels[None]}, plan)["pixel_values"]
     for row, frame in enumerate(QUERY):
         image = Image.fromarray(clip.frames[frame].permute(1, 2, 0).numpy()).resize((84, 84), Image.BILINEAR)
         np.testing.assert_allclose(got[row].permute(1, 2, 0).numpy(), np.asarray(image) / 127.5 - 1, atol=1e-6)

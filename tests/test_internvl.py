@@ -114,7 +114,8 @@ def test_frames_are_squashed_to_one_tile_and_normalised_as_the_study_does(name, 
     adapter = loaded(paths[name], 1, tmp_path, tap="vision")
     clip = make_clip(size=(90, 160))
     plan = adapter.plan(9, QUERY)
-    got = adapter.prepare(shown(clip, plan), plan)["pixel_values"]
+    pixels = adapter.prepare(shown(clip, plan), plan)["pixels"]
+    got = adapter.encode({"pixels": pixels[None]}, plan)["pixel_values"]
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     for row, frame in enumerate(QUERY):
         image = Image.fromarray(clip.frames[frame].permute(1, 2, 0).numpy()).resize((84, 84), Image.BICUBIC)
@@ -195,15 +196,15 @@ def test_a_store_comes_out_and_verifies(tap, grid, channels, paths, clips_path, 
 
 @pytest.fixture
 def edited(paths, tmp_path):
-    """A copy of a checkpoint with some fields of its config changed; "part.field" reaches into a table."""
+    """A copy of a checkpoint with some fields of its config changed; "part__field" reaches into a table."""
 
     def edit(name, **fields):
         path = tmp_path / f"edited-{name}"
         shutil.copytree(paths[name], path, dirs_exist_ok=True)
         config = json.loads((paths[name] / "config.json").read_text())
         for key, value in fields.items():
-            table, _, field = key.rpartition("__")
-            (config[table] if table else config)[field] = value
+            table, inside, field = key.partition("__")
+            (config[table] if inside else config)[field if inside else key] = value
         (path / "config.json").write_text(json.dumps(config))
         return path
 
@@ -236,6 +237,31 @@ def test_configs_it_cannot_run_are_named(name, fields, message, edited):
         make_adapter(InternVL, edited(name, **fields))
 
 
+PUBLISHED = {  # beside what the tiny checkpoints have, in published configs of InternVL3 and InternVL3.5
+    "native": {
+        "vision_config": "dropout initializer_factor torch_dtype",
+        "text_config": "_name_or_path rope_theta rope_scaling moe_config debug ep_size micro_forward skip_checkpoint "
+        "use_deepep use_bfloat16 torch_dtype",
+    },
+    "original": {
+        "vision_config": "_name_or_path capacity_factor eval_capacity_factor laux_allreduce moe_coeff_ratio "
+        "moe_intermediate_size moe_output_scale noisy_gate_policy num_experts num_routed_experts num_shared_experts "
+        "shared_expert_intermediate_size use_fa3 use_residual use_rts use_weighted_residual output_attentions",
+        "llm_config": "debug ep_size micro_forward skip_checkpoint use_deepep add_cross_attention bad_words_ids "
+        "chunk_size_feed_forward diversity_penalty id2label is_decoder length_penalty num_beams torchscript typical_p",
+        "": "hidden_size image_fold output_attentions transformers_version tie_word_embeddings",
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_of_published_configs_are_known(name, edited):
+    for table, names in PUBLISHED[name].items():
+        fields = {f"{table}__{field}" if table else field: None for field in names.split()}
+        adapter = make_adapter(InternVL, edited(name, **fields))
+        assert (adapter.num_layers, adapter.channels) == (5, 64)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -260,6 +286,15 @@ def test_wrong_tokens_layers_and_missing_shards_are_named(paths, edited, tmp_pat
     last.unlink()
     with pytest.raises(ValueError, match=f"has no file {last.name}"):
         make_adapter(InternVL, path).load(5, CPU, torch.float32, tmp_path)
+
+
+def test_another_size_in_the_processors_file_is_named(paths, tmp_path):
+    path = tmp_path / "other"
+    shutil.copytree(paths["native"], path)
+    pixels = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps(pixels | {"size": {"height": 448, "width": 448}}))
+    with pytest.raises(ValueError, match=r"must have size .*84.*, got \(448, 448\)"):
+        make_adapter(InternVL, path).load(1, CPU, torch.float32, tmp_path)
 
 
 def test_names_that_newer_libraries_write_are_read_too(paths, tmp_path):

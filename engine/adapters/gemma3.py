@@ -7,7 +7,6 @@ import copy
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs
@@ -23,6 +22,7 @@ from spatialprobe.engine.frames_as_images import (
     put_images,
     stored_prefix,
 )
+from spatialprobe.engine.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.types import Clip, Plan
 
 SPECIAL = ("<start_of_", "<end_of_", "<image_soft_token>", "<bos>", "<eos>", "<pad>", "<unk>")
@@ -96,20 +96,22 @@ class Gemma3(Adapter):
         return [model]
 
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
-        from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-
         self.device, self.dtype = device, dtype
         (self.model,) = self.skeleton(depth)
         load_weights(self.model, self.checkpoint, device=device, dtype=dtype, rename=self._names())
         self.blocks = _inner(self.model).encoder.layers if self.vision else self.model.language_model.layers
-        root = self.checkpoint.root
-        with one_line(root):
-            self.processor = Gemma3ImageProcessorPil.from_pretrained(root)
-        size = {"height": self.image, "width": self.image}
-        if {side: self.processor.size[side] for side in size} != size:
-            raise ValueError(f"{root}: preprocessor_config.json must have size {size}, got {self.processor.size}")
+        self.processor = self._read_processor()
+        self.table = self.processor.table().to(device, dtype)
         if not self.vision:
             self._load_tokenizer()
+
+    def _read_processor(self) -> ImageProcessor:
+        where = f"{self.checkpoint.root}/preprocessor_config.json"
+        fields = self.checkpoint.json("preprocessor_config.json").items()
+        processor = ImageProcessor.from_config({k: v for k, v in fields if "pan_and_scan" not in k}, where)
+        if processor.size != (self.image, self.image):
+            raise ValueError(f"{where} must have size {(self.image, self.image)}, got {processor.size}")
+        return processor
 
     def _names(self):  # -> rename, for `load_weights`
         names = self.checkpoint.tensor_files()
@@ -141,13 +143,12 @@ class Gemma3(Adapter):
             raise ValueError(f"{root}: its tokenizer does not know <image_soft_token> as token {self.image_token}")
 
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
-        images = [Image.fromarray(frame) for frame in clip.frames.permute(0, 2, 3, 1).contiguous().numpy()]
-        pixels = self.processor(images=images, do_pan_and_scan=False, return_tensors="pt")["pixel_values"]
+        pixels = self.processor.pixels(clip.frames, plan.size, crop=False)  # uint8 [T, H, W, 3]
         if self.vision:
-            return {"pixel_values": pixels.to(self.dtype)}
+            return {"pixels": pixels}
         ids = self.tokenizer(self._text(plan), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         positions = (ids == self.image_token).nonzero()[:, 0]  # here, not on the device
-        return {"pixel_values": pixels.to(self.dtype), "input_ids": ids, "image_positions": positions}
+        return {"pixels": pixels, "input_ids": ids, "image_positions": positions}
 
     def _text(self, plan: Plan) -> str:
         """The prompt as the model's chat template writes it, with a placeholder per image token."""
@@ -158,10 +159,10 @@ class Gemma3(Adapter):
 
     def encode(self, inputs: Inputs, plan: Plan) -> Inputs:
         # Without noise steps there is one forward per clip, so the vision tower runs inside it, once.
-        return inputs
+        return inputs | {"pixel_values": normalise(inputs["pixels"].flatten(0, 1), self.table)}  # [B * T, 3, H, W]
 
     def forward(self, state: Inputs, step: None, noise: None) -> None:
-        pixels = state["pixel_values"].flatten(0, 1)
+        pixels = state["pixel_values"]
         if self.vision:
             self.model(pixel_values=pixels)
             return

@@ -25,6 +25,7 @@ from spatialprobe.engine.frames_as_images import (
     put_images,
     stored_prefix,
 )
+from spatialprobe.engine.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.types import Clip, Plan
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
@@ -60,7 +61,9 @@ CHAT_FIELDS = frozenset(
 # What the code of the original layout can do otherwise, and this adapter cannot.
 CHAT_WANTED = {"template": "internvl2_5", "ps_version": "v2", "select_layer": -1}
 
-PIXELS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # of the original layout's code
+# Of the original layout's code, which reads no file.
+PIXELS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": Image.Resampling.BICUBIC}
+TILES = ("crop_to_patches", "min_patches", "max_patches")  # how a processor cuts wide images up; here each is one tile
 NAMES = (  # of tensors, the library's -> the original layout's
     ("vision_tower.", "vision_model."),
     (".encoder.layer.", ".encoder.layers."),
@@ -127,21 +130,25 @@ class InternVL(Adapter):
         return [model]
 
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
         self.device, self.dtype = device, dtype
         (self.model,) = self.skeleton(depth)
         load_weights(self.model, self.checkpoint, device=device, dtype=dtype, rename=self._names())
         self.blocks = self.model.encoder.layer if self.vision else self.model.language_model.layers
-        pixels = PIXELS if self.original else self.checkpoint.json("preprocessor_config.json")
-        self.processor = GotOcr2ImageProcessorPil(
-            size={"height": self.image, "width": self.image},
-            image_mean=pixels["image_mean"],
-            image_std=pixels["image_std"],
-            crop_to_patches=False,  # the processor's usual way cuts a wide image into tiles
-        )
+        self.processor = self._read_processor()
+        self.table = self.processor.table().to(device, dtype)
         if not self.vision:
             self._load_tokenizer()
+
+    def _read_processor(self) -> ImageProcessor:
+        size = {"height": self.image, "width": self.image}
+        if self.original:
+            return ImageProcessor.from_config(PIXELS | {"size": size}, "the original layout")
+        where = f"{self.checkpoint.root}/preprocessor_config.json"
+        fields = {k: v for k, v in self.checkpoint.json("preprocessor_config.json").items() if k not in TILES}
+        processor = ImageProcessor.from_config(fields, where)
+        if processor.size != (self.image, self.image):
+            raise ValueError(f"{where} must have size {size}, got {processor.size}")
+        return processor
 
     def _names(self):  # -> rename, for `load_weights`
         names = self.checkpoint.tensor_files()
@@ -169,13 +176,12 @@ class InternVL(Adapter):
         self.image_token = token
 
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
-        images = [Image.fromarray(frame) for frame in clip.frames.permute(0, 2, 3, 1).contiguous().numpy()]
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.dtype)
+        pixels = self.processor.pixels(clip.frames, plan.size, crop=False)  # uint8 [T, H, W, 3]
         if self.vision:
-            return {"pixel_values": pixels}
+            return {"pixels": pixels}
         ids = self.tokenizer(self._text(plan), return_tensors="pt")["input_ids"][0]
         positions = (ids == self.image_token).nonzero()[:, 0]  # here, not on the device
-        return {"pixel_values": pixels, "input_ids": ids, "image_positions": positions}
+        return {"pixels": pixels, "input_ids": ids, "image_positions": positions}
 
     def _text(self, plan: Plan) -> str:
         """The prompt as the published study wrote it, with a placeholder per image token."""
@@ -186,10 +192,10 @@ class InternVL(Adapter):
 
     def encode(self, inputs: Inputs, plan: Plan) -> Inputs:
         # Without noise steps there is one forward per clip, so the vision tower runs inside it, once.
-        return inputs
+        return inputs | {"pixel_values": normalise(inputs["pixels"].flatten(0, 1), self.table)}  # [B * T, 3, H, W]
 
     def forward(self, state: Inputs, step: None, noise: None) -> None:
-        pixels = state["pixel_values"].flatten(0, 1)
+        pixels = state["pixel_values"]
         if self.vision:
             self.model(pixel_values=pixels)
             return

@@ -23,6 +23,7 @@ from spatialprobe.engine.frames_as_images import (
     put_images,
     stored_prefix,
 )
+from spatialprobe.engine.image_grid import fit_pixels, pixel_range
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.models.rice_vit import RiceConfig, RiceViT, merged_order, rotary_angles
 from spatialprobe.engine.types import Clip, Plan
@@ -63,6 +64,7 @@ class LlavaOneVision(Adapter):
         self.num_layers = self.rice.depth if self.vision else self.text["num_hidden_layers"]
         self.channels = self.rice.hidden_size if self.vision else self.text["hidden_size"]
         self.num_steps, self.image_token = 0, self.config["image_token_id"]
+        self.least, self.most = pixel_range(checkpoint.json("preprocessor_config.json"))
 
     def _check_fields(self, where: str) -> None:
         from transformers import PreTrainedConfig, Qwen3Config
@@ -81,20 +83,9 @@ class LlavaOneVision(Adapter):
         check_words(self.options, ("system", "prompt"), ("<|",))
 
     def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        least, most = self._pixel_budget()
-        size = smart_resize(*self.options["size"], factor=self.cell, min_pixels=least, max_pixels=most)
+        size = fit_pixels(*self.options["size"], self.cell, self.least, self.most)
         unit = self.rice.patch_size if self.vision else self.cell
         return plan_images(frames, query, size, (size[0] // unit, size[1] // unit))
-
-    def _pixel_budget(self) -> tuple[int, int]:
-        """Least and most pixels of an image; there are two spellings of it."""
-        config = self.checkpoint.json("preprocessor_config.json")
-        size = config.get("size") or {}
-        if "longest_edge" in size:
-            return size["shortest_edge"], size["longest_edge"]
-        return config["min_pixels"], config["max_pixels"]
 
     def skeleton(self, depth: int) -> list[nn.Module]:
         if self.vision:
@@ -139,10 +130,9 @@ class LlavaOneVision(Adapter):
 
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
         frames = resize(clip.frames, self.options["size"], Image.Resampling.BICUBIC)
-        least, most = self._pixel_budget()
         patches = self.processor(
             images=[Image.fromarray(frame) for frame in frames.numpy()],
-            size={"shortest_edge": least, "longest_edge": most},
+            size={"shortest_edge": self.least, "longest_edge": self.most},
             patch_size=self.rice.patch_size,
             merge_size=self.rice.spatial_merge_size,
             temporal_patch_size=1,
