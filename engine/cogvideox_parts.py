@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
-from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
+from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
 from spatialprobe.engine.interleave import HALVES, half_frames, halves_for, interleaved_rows, longest
+from spatialprobe.engine.t5 import load_t5
 from spatialprobe.engine.types import Clip, Plan
 
 NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many
@@ -203,18 +204,12 @@ class CogVideoXParts(Adapter):
 
     @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
-        from transformers import AutoTokenizer, T5EncoderModel
-
-        folders = [self.base.folder(name) for name in ("text_encoder", "tokenizer")]
-        with one_line(folders[1]):
-            tokenizer = AutoTokenizer.from_pretrained(folders[1], trust_remote_code=False)
+        encoder, tokenizer = load_t5(self.base, self.device, self.dtype)
         length = self.options["prompt_tokens"]
         ids = tokenizer(self.options["prompt"], padding="max_length", max_length=length, return_tensors="pt").input_ids
         if ids.shape[1] > length:
             raise ValueError(f"the prompt has {ids.shape[1]} tokens and prompt_tokens is {length}")
-        with one_line(folders[0]):
-            encoder = T5EncoderModel.from_pretrained(folders[0], dtype=self.dtype, use_safetensors=True)
-        embedding = encoder.to(self.device)(ids.to(self.device))[0]  # no mask: the model attends to the padding
+        embedding = encoder(ids.to(self.device))[0]  # no mask: the model attends to the padding
         return {"prompt": embedding.cpu().contiguous()}
 
     # -- a clip's way through ---------------------------------------------------------------------------------------
