@@ -1,126 +1,88 @@
 """Qwen3-VL's features equal transformers' hidden_states of the whole model, bit for bit."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, make_adapter, make_clip
 from PIL import Image
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from vlm_reference import (
+    QUERY,
+    assert_both_taps_equal_the_whole_model,
+    assert_marked_patch_is_at_its_cell,
+    library_inputs,
+)
 
 from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
-from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.image_grid import fit_pixels
-from spatialprobe.engine.tap import Taps
-from spatialprobe.engine.types import Clip
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.run import run_job
+from spatialprobe.engine.types import parse_query
 
 SIZE = (70, 100)
-CPU = torch.device("cpu")
-QUERY = (0, 1, 5)
-
-
-def adapter(path, **options) -> Qwen3VL:
-    return Qwen3VL(Checkpoint.open(str(path)), {**Qwen3VL.OPTIONS, "size": SIZE, **options})
-
-
-def clip(seed=1) -> Clip:
-    pixels = torch.randint(0, 256, (9, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Clip("a", pixels, torch.arange(9))
-
-
-def features(qwen, clips, layers, query=QUERY) -> dict[int, torch.Tensor]:
-    plan = qwen.plan(9, query)
-    out = {}
-    taps = Taps(qwen.blocks, layers)
-    seen = [Clip(c.id, c.frames[list(query)], c.index[list(query)], window=9) for c in clips]
-    prepared = [qwen.prepare(c, plan) for c in seen]
-    with torch.inference_mode():
-        state = qwen.encode({k: torch.stack([p[k] for p in prepared]) for k in prepared[0]}, plan)
-        with taps.into(lambda layer, x: out.__setitem__(layer, qwen.grid(x, state, plan).clone())):
-            qwen.forward(state, None, None)
-    taps.remove()
-    return out
+BUDGET = (4096 // 4, 25165824 // 4)  # a video's, shared by 3 images: 4 with the stride of 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_hidden_states_of_the_whole_model(qwen_path, tmp_path, dtype):
-    qwen = adapter(qwen_path)
+    qwen = make_adapter(Qwen3VL, qwen_path, size=SIZE)
     qwen.load(4, CPU, dtype, tmp_path)
-    sample = clip()
-    mine = features(qwen, [sample], (0, 1, 2, 3))
-
-    model = Qwen3VLForConditionalGeneration.from_pretrained(qwen_path, dtype=dtype).eval()
-    for p in model.parameters():
-        p.data = p.data.clone()
-    processor = Qwen2VLImageProcessorPil.from_pretrained(qwen_path)
-    tokenizer = AutoTokenizer.from_pretrained(qwen_path)
-    images = [
-        Image.fromarray(sample.frames[f].permute(1, 2, 0).numpy()).resize(SIZE[::-1], Image.BICUBIC) for f in QUERY
-    ]
-    budget = qwen.video_config["size"]
-    share = 4  # 3 images, rounded up to whole temporal patches of 2
-    size = {"shortest_edge": max(32, budget["shortest_edge"] // share), "longest_edge": budget["longest_edge"] // share}
-    pixels = processor(images=images, size=size, return_tensors="pt")
-    content = [{"type": "text", "text": "The following images are consecutive frames from a video.\n"}]
-    for i in range(len(QUERY)):
-        content += [{"type": "text", "text": f"Frame{i + 1}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
-    content.append({"type": "text", "text": "Describe this video."})
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        chat_template=Checkpoint.open(str(qwen_path)).json("chat_template.json")["chat_template"],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    for grid in pixels["image_grid_thw"].tolist():
-        tokens = grid[0] * grid[1] * grid[2] // 4
-        text = text.replace("<|image_pad|>", "<|placeholder|>" * tokens, 1)
-    ids = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt")
-    is_image = ids["input_ids"] == model.config.image_token_id
+    mine = features(qwen, make_clip(), (0, 1, 2, 3), query=QUERY)
+    inputs = library_inputs(qwen, qwen_path, make_clip(), SIZE, BUDGET)
+    model = aligned(Qwen3VLForConditionalGeneration.from_pretrained(qwen_path, dtype=dtype))
     with torch.inference_mode():
-        out = model.model(**ids, **pixels, mm_token_type_ids=is_image.int(), output_hidden_states=True, use_cache=False)
+        out = model.model(**inputs, output_hidden_states=True, use_cache=False)
     assert len(out.hidden_states) == 6  # embeddings and all 5 blocks
+    is_image = inputs["mm_token_type_ids"].bool()
     for layer in (0, 1, 2, 3):  # 0 to 2: before the model adds DeepStack features, as in hidden_states
         assert torch.equal(mine[layer].flatten(0, 3), out.hidden_states[layer + 1][is_image])
 
 
-def test_only_the_wanted_blocks_are_loaded_and_no_language_head(qwen_path, tmp_path):
-    read = {}
-    for depth in (1, 2, 5):
-        qwen = adapter(qwen_path)
-        qwen.load(depth, CPU, torch.float32, tmp_path)
-        read[depth] = qwen.checkpoint.bytes_read
-    assert len(qwen.blocks) == 5
-    assert not any("lm_head" in name for name, _ in qwen.model.named_modules())
-    assert read[5] - read[1] == 4 * (read[2] - read[1]) > 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_taps_equal_hooks_on_the_whole_model(qwen_path, tmp_path, dtype):
+    assert_both_taps_equal_the_whole_model(
+        Qwen3VL, Qwen3VLForConditionalGeneration, qwen_path, tmp_path, dtype, (96, 160), BUDGET, (0, 3), (0, 1, 2)
+    )
 
 
-def test_rows_are_the_query_frames_and_cells_keep_their_place(qwen_path, tmp_path):
-    qwen = adapter(qwen_path, size=(128, 192))
-    plan = qwen.plan(9, QUERY)
-    assert plan.grid == (3, 4, 6)
-    assert plan.rows == (0, 1, -1, -1, -1, 2, -1, -1, -1)
-    qwen.load(1, CPU, torch.float32, tmp_path)
-    plain, marked = clip(), clip()
-    marked.frames[5, :, 36:, :13] = 255 - marked.frames[5, :, 36:, :13]  # bottom left of frame 5
-    change = features(qwen, [marked], (0,))[0] - features(qwen, [plain], (0,))[0]
-    where = change.abs().amax(-1)[0]
-    assert where[:2].max() == 0  # causal: earlier images do not see frame 5
-    cell = int(where[2].argmax())
-    assert (cell // 6, cell % 6) == (3, 0)
+@pytest.mark.parametrize("tap", ["decoder", "vision"])
+def test_only_the_wanted_blocks_are_loaded(qwen_path, tmp_path, tap):
+    read = bytes_by_depth(lambda: make_adapter(Qwen3VL, qwen_path, tap=tap), (1, 2, 4), tmp_path)
+    assert read[4] - read[1] == 3 * (read[2] - read[1]) > 0
 
 
-def test_a_batch_gives_what_single_clips_give(qwen_path, tmp_path):
-    qwen = adapter(qwen_path)
+def test_nothing_above_the_tap_is_loaded(qwen_path, tmp_path):
+    def parts(tap: str, depth: int) -> set[str]:
+        qwen = make_adapter(Qwen3VL, qwen_path, tap=tap)
+        qwen.load(1, CPU, torch.float32, tmp_path)
+        return {".".join(name.split(".")[:depth]) for name, _ in qwen.model.named_parameters()}
+
+    assert parts("vision", 1) == {"patch_embed", "pos_embed", "blocks"}
+    assert {name for name in parts("decoder", 2) if not name.startswith("visual.")} == {
+        "language_model.embed_tokens",
+        "language_model.layers",
+    }
+
+
+@pytest.mark.parametrize(("tap", "grid"), [("decoder", (4, 6)), ("vision", (8, 12))])
+def test_a_marked_patch_is_found_at_its_cell(qwen_path, tmp_path, tap, grid):
+    assert_marked_patch_is_at_its_cell(Qwen3VL, qwen_path, tmp_path, tap, (128, 192), grid)
+
+
+@pytest.mark.parametrize("tap", ["decoder", "vision"])
+def test_a_batch_gives_what_single_clips_give(qwen_path, tmp_path, tap):
+    qwen = make_adapter(Qwen3VL, qwen_path, size=SIZE, tap=tap)
     qwen.load(3, CPU, torch.float32, tmp_path)
-    clips = [clip(seed) for seed in (1, 2, 3)]
-    together = features(qwen, clips, (2,))[2]
-    for b, one in enumerate(clips):
-        torch.testing.assert_close(together[b : b + 1], features(qwen, [one], (2,))[2], rtol=1e-4, atol=1e-5)
+    assert_batch_agrees(qwen, (1, 2), query=QUERY)
 
 
 @pytest.mark.parametrize("size", [(540, 960), (1080, 1920), (33, 47), (720, 405), (64, 64)])
 @pytest.mark.parametrize("images", [1, 3, 20])
 def test_input_size_is_the_processors(qwen_path, size, images):
-    qwen = adapter(qwen_path)
-    least, most = qwen.pixel_budget(images)
+    least, most = make_adapter(Qwen3VL, qwen_path).pixel_budget(images)
     processor = Qwen2VLImageProcessorPil.from_pretrained(qwen_path)
     grid = processor(
         images=[Image.new("RGB", size[::-1])],
@@ -130,5 +92,39 @@ def test_input_size_is_the_processors(qwen_path, size, images):
     assert fit_pixels(*size, 32, least, most) == (int(grid[1]) * 16, int(grid[2]) * 16)
 
 
-def test_published_size_gives_the_published_grid(qwen_path):
-    assert adapter(qwen_path, size=(540, 960)).plan(81, tuple([0, *range(1, 76, 4)])).grid == (20, 17, 30)
+@pytest.mark.parametrize(("tap", "grid"), [("decoder", (20, 17, 30)), ("vision", (20, 34, 60))])
+def test_published_size_gives_the_published_grid(qwen_path, tap, grid):
+    plan = make_adapter(Qwen3VL, qwen_path, tap=tap).plan(81, parse_query("0,1:76:4", 81))
+    assert plan.grid == grid
+    assert (plan.rows[0], plan.rows[1], plan.rows[73], plan.rows[2], plan.rows[80]) == (0, 1, 19, -1, -1)
+
+
+def test_a_job_taps_the_vision_tower(clips_path, qwen_path, tmp_path):
+    words = {"clips": str(clips_path), "model": str(qwen_path), "out": str(tmp_path / "store"), "window": 9}
+    words |= {"query": "0,5", "limit": 2, "options": {"size": "64x96", "tap": "vision"}}
+    report, store = run_job(Job.from_words(words | {"layers": [0, 3]}))
+    assert (report.written, report.failed) == (2, 0)
+    assert store.read("clip1", 3).data.shape == (2, 4, 6, 32)
+    assert list(store.verify()) == []
+    with pytest.raises(ValueError, match=r"layers must be given where the study used none \(blocks 0 \.\. 3"):
+        run_job(Job.from_words(words))
+    with pytest.raises(ValueError, match=r'options\.tap: "vision" there, "decoder" asked'):
+        run_job(Job.from_words(words | {"layers": [0, 3], "options": {"size": "64x96"}}))
+
+
+def test_a_field_that_transformers_does_not_know_is_refused(qwen_path, tmp_path):
+    copy = shutil.copytree(qwen_path, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["rope_bend"] = 2
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"Qwen3VLTextConfig of the installed transformers does not know: rope_bend"):
+        make_adapter(Qwen3VL, copy)
+
+
+def test_a_tokenizer_of_another_model_is_refused(qwen_path, tmp_path):
+    copy = shutil.copytree(qwen_path, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["image_token_id"] += 1
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"its tokenizer does not know <\|image_pad\|> as token \d+"):
+        make_adapter(Qwen3VL, copy).load(1, CPU, torch.float32, tmp_path)
