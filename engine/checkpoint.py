@@ -162,7 +162,7 @@ def content_hash(root: Path) -> str:
     if (root / "model_index.json").is_file():
         folders += [root / name for name in json.loads((root / "model_index.json").read_text())]
     elif not (root / "config.json").is_file():  # single components of a pipeline, in folders of their own
-        folders += [path.parent for path in root.glob("*/config.json")]
+        folders += [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/config.json")]
     files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     for path in sorted(p for p in files if p.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors")):
         digest.update(f"{path.relative_to(root)}\0".encode())

@@ -292,6 +292,7 @@ def test_text_encoders_may_lie_elsewhere_and_their_weights_are_part_of_the_cache
     with pytest.raises(ValueError, match=r"text_encoder 'google/t5-v1_1-xxl' is no folder of .*--option text_encoder="):
         loaded(copy, cache, 1)
     base, moved = loaded(path, cache, 1), loaded(copy, cache, 1, text_encoder=str(tmp_path / "t5"))
+    assert moved.checkpoint.identity != base.checkpoint.identity  # the encoders in a checkpoint are part of it
     assert torch.equal(moved.text, base.text)
     weights = load_file(tmp_path / "t5/model.safetensors")
     save_file({name: x + 0.1 for name, x in weights.items()}, tmp_path / "t5/model.safetensors", {"format": "pt"})
