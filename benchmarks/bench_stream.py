@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from spatialprobe.engine.published import PublishedDump
+from spatialprobe.engine.reading.published import PublishedDump
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish

@@ -268,8 +268,8 @@ def verify(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from spatialprobe.engine.probing_files import export_probing
     from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.reading.probing_files import export_probing
     from spatialprobe.engine.store import FeatureStore
 
     store = FeatureStore.open(args.store)
@@ -284,8 +284,8 @@ def export(args: argparse.Namespace) -> int:
 def import_dump(args: argparse.Namespace) -> int:
     from spatialprobe.engine.job import layer_list, numbers, positive
     from spatialprobe.engine.presets import FAMILIES, STUDY_QUERY
-    from spatialprobe.engine.probing_files import import_probing
     from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.reading.probing_files import import_probing
     from spatialprobe.engine.types import FrameSelection
 
     steps = numbers("steps", args.steps) if args.steps else []

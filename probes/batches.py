@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.rows import StoredRows
+from spatialprobe.engine.reading.rows import StoredRows
 from spatialprobe.probes.fusion import Stored
 
 

@@ -27,13 +27,17 @@ def add_probe_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--classes", metavar="K", type=int, help="ScanNet: the list class_names_K.json (default: 20)")
     sub.add_argument("--out", required=True, metavar="DIR", help="results, probes, pictures; run again to resume")
     sub.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the probe, as lr=1e-3"
-    )
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a setting of the probe, as lr=1e-3; a wrong name lists them all",
+    )  # fmt: skip
     sub.add_argument("--grid", action="append", default=[], metavar="NAME=A,B", help="train a probe for each value")
     sub.add_argument("--val", metavar="SHARE", type=float, help="of the clips (default: the dataset's split, or .1)")
     sub.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there)")
     sub.add_argument("--threads", metavar="N", type=int, default=4, help="that read (default: 4)")
-    sub.add_argument("--keep", metavar="GB", type=float, default=4.0, help="of features kept in memory (default: 4)")
+    sub.add_argument(
+        "--keep", metavar="GB", type=float, default=4.0,
+        help="of training clips kept in memory, and as much of the others (default: 4)",
+    )  # fmt: skip
     sub.add_argument("--compile", action="store_true", help="torch.compile the probes")
     sub.add_argument(
         "--skip-unreadable", action="store_true", help="leave out clips that cannot be read, and list them"
@@ -43,7 +47,7 @@ def add_probe_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 def probe(args: argparse.Namespace) -> int:
     import torch
 
-    from spatialprobe.engine.remote import open_source
+    from spatialprobe.engine.reading.remote import open_source
     from spatialprobe.probes.labels import open_labels
     from spatialprobe.probes.loop import TASKS, train
     from spatialprobe.probes.pictures import draw_run

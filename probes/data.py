@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from spatialprobe.engine.rows import FeatureSource
+from spatialprobe.engine.reading.rows import FeatureSource
 from spatialprobe.probes.batches import Batch, BatchBuilder, FeatureKey, UnequalClips
 from spatialprobe.probes.labels.base import Labels
 from spatialprobe.probes.reading import ClipReader, KeptClip

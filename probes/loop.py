@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.durable import make_folder
-from spatialprobe.engine.rows import FeatureSource
+from spatialprobe.engine.reading.rows import FeatureSource
 from spatialprobe.probes.batches import FeatureKey
 from spatialprobe.probes.checkpoint import load_probe, load_run, save_probe, save_run
 from spatialprobe.probes.data import FeatureLoader
@@ -56,7 +56,7 @@ def train(
     out: str | Path | None = None,  # folder of results.json, the probes, and the checkpoint that a rerun goes on from
     device: torch.device | str | None = None,  # None: CUDA if there
     threads: int = 4,
-    keep_bytes: int = 4 << 30,  # of features kept in memory after the first epoch
+    keep_bytes: int = 4 << 30,  # of training clips kept in memory after the first epoch, and as many of the others
     compiled: bool = False,  # torch.compile of backbone and head
     on_error: str = "raise",  # or "skip" clips that cannot be read
     save_every: float = SAVE_EVERY,
@@ -75,7 +75,7 @@ def train(
     validation clips), and Diverged if the loss of every probe stopped being finite; a probe of several whose loss does
     is stopped, and its result says so.
     """
-    sources = list(sources) if isinstance(sources, Sequence) else [sources]
+    sources = _stores(sources, labels)
     configs = grid_configs(task, grid or {}, settings)
     shared, device = configs[0], _device(device)
     rank, world = processes()
@@ -145,7 +145,7 @@ def evaluate(
     Raises ValueError for a damaged file, for stores of other features than it was trained on, and for labels of other
     classes.
     """
-    sources, device = list(sources) if isinstance(sources, Sequence) else [sources], _device(device)
+    sources, device = _stores(sources, labels), _device(device)
     probe, header = load_probe(Path(probe), TASKS)
     there = [source.spec_hash for source in sources]
     if there != header["about"]["sources"]:
@@ -251,9 +251,11 @@ class Run:
         whole = [t for t in self.trainees if t.best]
         for i, trainee in enumerate(self.trainees):
             if trainee.curve and not trainee.best and not trainee.stopped.startswith("the loss"):
+                clips = f"{len(self.val_loader.ids)} validation clips"
+                why = f"{clips} may hold NaN" if self._by_loss else f"{clips} lack what it is measured on"
                 raise ValueError(
                     f"{self.task.score} of probe {i} was NaN in all {len(trainee.curve)} epochs, so there is no best "
-                    f"one: {len(self.val_loader.ids)} validation clips lack what it is measured on"
+                    f"one: {why}"
                 )
         for trainee in whole:
             trainee.probe.load_state_dict(trainee.best)
@@ -289,6 +291,18 @@ class Run:
 # -- what a run is made of --------------------------------------------------------------------------------------------
 
 
+def _stores(sources: FeatureSource | Sequence[FeatureSource], labels: Labels) -> list[FeatureSource]:
+    """Raises ValueError for none, and for a path in the place of what it holds."""
+    stores = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
+    if not stores:
+        raise ValueError("sources must be at least one store, got none")
+    if path := next((x for x in stores if isinstance(x, str | Path)), None):
+        raise ValueError(f"sources must be stores, got the path {path}: open_source opens it")
+    if isinstance(labels, str | Path):
+        raise ValueError(f"labels must be a reader of labels, got the path {labels}: open_labels opens it")
+    return stores
+
+
 def grid_configs(task: ProbeTask, grid: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]) -> list[ProbeConfig]:
     """The config of every combination, the last axis fastest. Raises ValueError for an axis that is no setting."""
     base = task.defaults.with_settings(**settings)
@@ -301,7 +315,11 @@ def grid_configs(task: ProbeTask, grid: Mapping[str, Sequence[Any]], settings: M
             raise ValueError(f"grid[{name!r}] must be a list of values, got {values!r}")
     if both := sorted(set(grid) & set(settings)):
         raise ValueError(f"{', '.join(both)} cannot be both in the grid and set")
-    return [base.with_settings(**dict(zip(grid, point, strict=True))) for point in itertools.product(*grid.values())]
+    points = (dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values()))
+    configs = [base.with_settings(**point) for point in points]
+    if task.score == "last" and any(config.patience is not None for config in configs):
+        raise ValueError(f"{task.name} takes its last epoch, whatever it scores: patience must be null")
+    return configs
 
 
 def feature_keys(sources: Sequence[FeatureSource], config: ProbeConfig) -> tuple[FeatureKey, ...]:

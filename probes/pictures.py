@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.rows import FeatureSource
+from spatialprobe.engine.reading.rows import FeatureSource
 from spatialprobe.probes.batches import Batch
 from spatialprobe.probes.checkpoint import load_probe
 from spatialprobe.probes.data import FeatureLoader

@@ -1,6 +1,7 @@
 """One probe: input layer, backbone, head; and many probes reading the same features in one product.
 
-How probes are trained is `train.py`'s. B clips, S views, C channels of the features, E width of the tokens.
+How probes are trained is `training.py`'s and `loop.py`'s. B clips, S views, C channels of the features, E width of the
+tokens.
 """
 
 from collections.abc import Sequence

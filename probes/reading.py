@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.memory import MemoryClip, copy_rows, each
-from spatialprobe.engine.rows import Key, OpenClip, StoredRows
+from spatialprobe.engine.reading.memory import MemoryClip, copy_rows, each
+from spatialprobe.engine.reading.rows import Key, OpenClip, StoredRows
 from spatialprobe.engine.schema import quantised
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec
 from spatialprobe.probes.batches import BatchBuilder, FeatureKey

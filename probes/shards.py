@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from spatialprobe.engine.rows import FeatureSource, OpenClip
+from spatialprobe.engine.reading.rows import FeatureSource, OpenClip
 from spatialprobe.engine.schema import differences
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from os import PathLike, fspath
 from typing import Any, Protocol, get_args
 
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ class ProbeConfig:
         Raises ValueError for a name that is neither, and for a value of another kind than the field's or the default.
         """
         known = {f.name for f in fields(self)} - {"options"}
-        own = {name: value for name, value in settings.items() if name not in known}
+        # paths as text: a config is written to files as JSON
+        own = {n: fspath(x) if isinstance(x, PathLike) else x for n, x in settings.items() if n not in known}
         if unknown := sorted(set(own) - set(self.options)):
             choices = ", ".join(sorted(known | set(self.options)))
             raise ValueError(f"no probe setting is called {', '.join(unknown)}; there are {choices}")

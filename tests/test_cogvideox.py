@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from spatialprobe.engine.adapters.cogvideox import CogVideoX
 from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
-from spatialprobe.engine.interleave import half_frames, interleaved_rows
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.parts.interleave import half_frames, interleaved_rows
 from spatialprobe.engine.presets import detect_family
-from spatialprobe.engine.probing_files import export_probing
-from spatialprobe.engine.published import PublishedDump
+from spatialprobe.engine.reading.probing_files import export_probing
+from spatialprobe.engine.reading.published import PublishedDump
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import Clip, FrameSelection, parse_query
 

@@ -15,7 +15,7 @@ from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from spatialprobe.engine import ranges
+from spatialprobe.engine.reading import ranges
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish

@@ -14,9 +14,9 @@ from torch.nn.functional import interpolate
 
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.demo.tiny.encoders import ENCODERS, build_encoder
-from spatialprobe.engine.image_encoder import shuffle
-from spatialprobe.engine.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.parts.image_encoder import shuffle
+from spatialprobe.engine.parts.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.presets import adapter_class, detect_family
 from spatialprobe.engine.run import run_job
 

@@ -17,7 +17,7 @@ from spatialprobe.engine import placement
 from spatialprobe.engine.adapters.open_sora import OpenSora
 from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.models.open_sora import OpenSoraTransformer, Sizes, pack
+from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import Clip
 

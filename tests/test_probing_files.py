@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spatialprobe.engine.probing_files import export_probing, import_probing
+from spatialprobe.engine.reading.probing_files import export_probing, import_probing
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish

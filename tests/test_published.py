@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spatialprobe.engine import ranges
-from spatialprobe.engine.probing_files import export_probing, import_probing
-from spatialprobe.engine.published import PublishedDump
-from spatialprobe.engine.rows import StoredRows
+from spatialprobe.engine.reading import ranges
+from spatialprobe.engine.reading.probing_files import export_probing, import_probing
+from spatialprobe.engine.reading.published import PublishedDump
+from spatialprobe.engine.reading.rows import StoredRows
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish

@@ -15,8 +15,8 @@ from vlm_reference import (
 
 from spatialprobe.engine.adapters.qwen2_5_vl import Qwen25VL
 from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
-from spatialprobe.engine.image_grid import patch_places
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.parts.image_grid import patch_places
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import parse_query
 

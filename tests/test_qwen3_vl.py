@@ -17,8 +17,8 @@ from vlm_reference import (
 )
 
 from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
-from spatialprobe.engine.image_grid import fit_pixels
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.parts.image_grid import fit_pixels
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import parse_query
 

@@ -14,10 +14,10 @@ import fsspec
 import pytest
 import torch
 
-from spatialprobe.engine import remote
 from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.remote import CachedStore, RemoteStore, open_source
-from spatialprobe.engine.rows import StoredRows
+from spatialprobe.engine.reading import remote
+from spatialprobe.engine.reading.remote import CachedStore, RemoteStore, open_source
+from spatialprobe.engine.reading.rows import StoredRows
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spatialprobe.engine import host_memory, ranges
-from spatialprobe.engine.ranges import LocalFile
-from spatialprobe.engine.rows import StoredRows
+from spatialprobe.engine.reading import host_memory, ranges
+from spatialprobe.engine.reading.ranges import LocalFile
+from spatialprobe.engine.reading.rows import StoredRows
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish

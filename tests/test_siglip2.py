@@ -12,8 +12,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 
 from spatialprobe.engine.adapters.siglip2 import SigLIP2, fit_patches
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
-from spatialprobe.engine.image_encoder import shuffle
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.parts.image_encoder import shuffle
 from spatialprobe.engine.run import run_job
 
 QUERY = (0, 1, 5)

@@ -6,20 +6,27 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from probe_data import SAMPLING, K, write_labels, write_store
+import torch.nn.functional as F
+from probe_data import CHANNELS, SAMPLING, K, write_labels, write_store
 
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.probes.checkpoint import load_probe
+from spatialprobe.probes.batches import Batch, FeatureKey
+from spatialprobe.probes.checkpoint import load, load_probe
+from spatialprobe.probes.data import FeatureLoader
+from spatialprobe.probes.fusion import Stored, fuse
 from spatialprobe.probes.labels import ScanNetLabels
-from spatialprobe.probes.loop import evaluate, grid_configs, split, train
+from spatialprobe.probes.loop import evaluate, grid_configs, sampling_of, split, train
+from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import read_results, table
-from spatialprobe.probes.tasks.tagging import TAGGING
-from spatialprobe.probes.training import Diverged, learning_rate
+from spatialprobe.probes.tasks.geometry import GEOMETRY
+from spatialprobe.probes.tasks.tagging import TAGGING, TagFacts, asymmetric_loss
+from spatialprobe.probes.training import Diverged, features_of, learning_rate, targets_of
 
 SMALL = SAMPLING | {
     "embed": 16, "heads": 2, "depth": 1, "batch": 4, "epochs": 2, "warmup": 0.5, "lr": 3e-3, "dropout": 0.1,
@@ -85,6 +92,61 @@ def test_stores_are_fused_on_channels(store, other, labels):
     assert len({normed.metrics["loss"], plain.metrics["loss"], single.metrics["loss"]}) == 3
     assert [s["spec"] for s in normed.sources] == [store.spec_hash, other.spec_hash]
     assert normed.keys == [[0, 1, 749], [1, 3, None]]
+
+
+def test_targets_and_features_are_shared_only_where_they_are_the_same():
+    counts = torch.tensor([[[150, 900], [100, 0]]], dtype=torch.int32)
+    part = lambda seed: Stored(torch.randn(1, 2, 1, 1, 3) + seed, torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1, 1))  # noqa: E731
+    keys = (FeatureKey(0, 1), FeatureKey(1, 1))
+    batch = Batch(["a"], torch.zeros(1, 2), {key: part(i) for i, key in enumerate(keys)}, {"tag_pixel_counts": counts})
+    facts, trainees = TagFacts(("x", "y"), (0.5, 0.5)), []
+    for threshold, how in ((200, "norm"), (900, "concat"), (901, "norm"), (200, "concat")):
+        config = TAGGING.defaults.with_settings(threshold=threshold, fuse=how)
+        probe = SimpleNamespace(task=TAGGING, config=config, facts=facts)
+        trainees.append(SimpleNamespace(probe=probe, config=config, keys=keys))
+    targets, features = targets_of(batch, trainees), features_of(batch, trainees)
+    assert [x["present"].tolist() for x in targets] == [
+        [[True, True]],
+        [[False, True]],
+        [[False, False]],
+        [[True, True]],
+    ]
+    assert targets[0] is targets[3]
+    assert features[0] is features[2]
+    assert features[1] is features[3]
+    for found, how in zip(features, ("norm", "concat"), strict=False):
+        assert torch.equal(found.data, fuse([batch.features[key] for key in keys], how).data)
+
+
+# -- against a plain loop -------------------------------------------------------------------------------------------
+
+
+def test_a_probe_is_trained_as_a_plain_loop_of_adamw_trains_it(store, labels, tmp_path):
+    settings = {**SMALL, "depth": 0, "decoder_dropout": 0.0, "epochs": 3, "weight_decay": 2.0, "lr": 1e-2, "seed": 7}
+    (result,) = train(TAGGING, store, labels, layer=1, step=749, out=tmp_path, **settings)
+    config, ids, key = TAGGING.defaults.with_settings(**settings), labels.ids("train"), FeatureKey(0, 1, 749)
+    probe = Probe(TAGGING, config, CHANNELS, TAGGING.facts(labels, ids, config))
+    torch.manual_seed(7)
+    assert torch.equal(probe.input.weight, torch.nn.Linear(CHANNELS, config.embed).weight)
+    optimizer = torch.optim.AdamW(probe.parameters(), betas=(0.9, 0.95), weight_decay=2.0)
+    loader = FeatureLoader(
+        store, labels, ids=ids, wanted=TAGGING.labels, keys=[key], views=2, sampling=sampling_of(config), batch=4,
+        seed=config.data_seed,
+    )  # fmt: skip
+    for epoch in range(3):
+        total = 0.0
+        for number, batch in enumerate(loader):
+            optimizer.param_groups[0]["lr"] = learning_rate(config, epoch + (number + 1) / len(loader))
+            x = F.layer_norm(batch.features[key].values, (CHANNELS,), probe.input.gamma, probe.input.beta, 1e-6)
+            logits = probe.read(F.linear(x, probe.input.weight, probe.input.bias))["logits"]
+            loss = asymmetric_loss(logits, batch.labels["tag_pixel_counts"].sum(1) >= 200)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch.ids)
+        assert result.curve[epoch]["train_loss"] == pytest.approx(total / len(ids), rel=1e-4)
+    trained, _ = load(tmp_path / "checkpoint.safetensors")
+    torch.testing.assert_close(trained["0/probe/input.weight"], probe.input.weight.detach(), rtol=1e-3, atol=1e-4)
 
 
 # -- what is learnt -------------------------------------------------------------------------------------------------
@@ -169,6 +231,9 @@ def test_a_saved_probe_says_what_it_said(store, labels, tmp_path):
     (result,) = train(TAGGING, store, labels, layer=1, step=749, out=tmp_path, **SMALL)
     file = tmp_path / "probe-000.safetensors"
     assert evaluate(file, store, labels) == pytest.approx(result.metrics)
+    each = [evaluate(file, store, labels, ids=[clip_id])["loss"] for clip_id in labels.ids("val")]
+    assert len(each) == 6, "batches of 4 must be unequal"
+    assert sum(each) / 6 == pytest.approx(result.metrics["loss"])
     probe, header = load_probe(file, {"tagging": TAGGING})
     assert header["task"] == "tagging"
     assert probe.facts.names == tuple(f"class {k}" for k in range(K))
@@ -219,6 +284,8 @@ def test_grids_name_settings(store, labels):
         grid_configs(TAGGING, {"lr": 1e-3}, {})
     with pytest.raises(ValueError, match="lr cannot be both"):
         grid_configs(TAGGING, {"lr": [1e-3]}, {"lr": 1})
+    with pytest.raises(ValueError, match="geometry takes its last epoch, whatever it scores: patience must be null"):
+        grid_configs(GEOMETRY, {"patience": [None, 2]}, {})
     with pytest.raises(ValueError, match=r"must be one of them, got \{'layer': None, 'step': 749\}"):
         train(TAGGING, store, labels, step=749, **SMALL)
     with pytest.raises(ValueError, match=r"got \{'layer': 2, 'step': 749\}"):
@@ -236,6 +303,20 @@ def test_clips_of_features_and_labels_must_meet(store, labels, tmp_path):
     train_ids, val_ids = split([store], labels, 0.25, 7, "raise")
     assert len(val_ids) == 6
     assert sorted(train_ids + val_ids) == store.ids()
+
+
+def test_paths_are_refused_where_what_they_hold_is_wanted(store, labels, tmp_path):
+    for wrong in (str(store.root), store.root, [store, store.root]):
+        with pytest.raises(ValueError, match="sources must be stores, got the path .*: open_source opens it"):
+            train(TAGGING, wrong, labels, **SMALL)
+        with pytest.raises(ValueError, match="sources must be stores, got the path"):
+            evaluate(tmp_path / "probe", wrong, labels)
+    with pytest.raises(ValueError, match="labels must be a reader of labels, got the path .*: open_labels opens it"):
+        train(TAGGING, store, str(labels.root), **SMALL)
+    with pytest.raises(ValueError, match="sources must be at least one store, got none"):
+        train(TAGGING, [], labels, **SMALL)
+    config = TAGGING.defaults.with_settings(text_embeddings=tmp_path / "texts.npy")
+    assert json.loads(json.dumps(asdict(config)))["options"]["text_embeddings"] == str(tmp_path / "texts.npy")
 
 
 def test_the_rate_warms_up_and_ends_at_its_least():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.cogvideox_parts import CogVideoXParts
+from spatialprobe.engine.parts.cogvideox import CogVideoXParts
 from spatialprobe.engine.types import Clip, Plan
 
 BASE = "THUDM/CogVideoX-5b-I2V"

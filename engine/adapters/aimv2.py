@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.image_encoder import ImageEncoder
+from spatialprobe.engine.parts.image_encoder import ImageEncoder
 
 
 class AIMv2(ImageEncoder):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from spatialprobe.engine.image_encoder import ImageEncoder
+from spatialprobe.engine.parts.image_encoder import ImageEncoder
 
 
 class CLIP(ImageEncoder):

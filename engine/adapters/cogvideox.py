@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.cogvideox_parts import CogVideoXParts
+from spatialprobe.engine.parts.cogvideox import CogVideoXParts
 from spatialprobe.engine.types import Plan
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.image_encoder import ImageEncoder
+from spatialprobe.engine.parts.image_encoder import ImageEncoder
 
 
 class DINOv2(ImageEncoder):

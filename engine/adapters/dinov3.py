@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.image_encoder import ImageEncoder
+from spatialprobe.engine.parts.image_encoder import ImageEncoder
 from spatialprobe.engine.types import Clip, Plan
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
-from spatialprobe.engine.frames_as_images import (
+from spatialprobe.engine.parts.frames_as_images import (
     INTRODUCTION,
     check_tap,
     check_words,
@@ -22,7 +22,7 @@ from spatialprobe.engine.frames_as_images import (
     put_images,
     stored_prefix,
 )
-from spatialprobe.engine.image_processor import ImageProcessor, normalise
+from spatialprobe.engine.parts.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.types import Clip, Plan
 
 SPECIAL = ("<start_of_", "<end_of_", "<image_soft_token>", "<bos>", "<eos>", "<pad>", "<unk>")

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from spatialprobe.engine.image_grid import fit_pixels, pixel_range
-from spatialprobe.engine.qwen_kin import ANY, QwenKin
+from spatialprobe.engine.parts.image_grid import fit_pixels, pixel_range
+from spatialprobe.engine.parts.qwen import ANY, QwenKin
 
 
 class Glm4v(QwenKin):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.types import Clip, Plan
 
 NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, Stored, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
-from spatialprobe.engine.frames_as_images import (
+from spatialprobe.engine.parts.frames_as_images import (
     check_tap,
     check_words,
     image_tokens,
@@ -25,7 +25,7 @@ from spatialprobe.engine.frames_as_images import (
     put_images,
     stored_prefix,
 )
-from spatialprobe.engine.image_processor import ImageProcessor, normalise
+from spatialprobe.engine.parts.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.types import Clip, Plan
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision-1.5: the vision tower in `engine/models/rice_vit.py`, the decoder is transformers' Qwen3.
+"""LLaVA-OneVision-1.5: the vision tower in `engine/parts/rice_vit.py`, the decoder is transformers' Qwen3.
 
 The published repository brings its own code, which is never run; its tensors are read by their names. The wanted
 frames go in as separate images of one prompt; each is a row.
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
-from spatialprobe.engine.frames_as_images import (
+from spatialprobe.engine.images import resize
+from spatialprobe.engine.parts.frames_as_images import (
     INTRODUCTION,
     check_tap,
     check_words,
@@ -23,9 +24,8 @@ from spatialprobe.engine.frames_as_images import (
     put_images,
     stored_prefix,
 )
-from spatialprobe.engine.image_grid import fit_pixels, pixel_range
-from spatialprobe.engine.images import resize
-from spatialprobe.engine.models.rice_vit import RiceConfig, RiceViT, merged_order, rotary_angles
+from spatialprobe.engine.parts.image_grid import fit_pixels, pixel_range
+from spatialprobe.engine.parts.rice_vit import RiceConfig, RiceViT, merged_order, rotary_angles
 from spatialprobe.engine.types import Clip, Plan
 
 TOP = frozenset(

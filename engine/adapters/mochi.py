@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.euler_schedule import NUM_STEPS, euler_scheduler
-from spatialprobe.engine.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.images import resize, signed
-from spatialprobe.engine.t5 import load_t5
+from spatialprobe.engine.parts.euler_schedule import NUM_STEPS, euler_scheduler
+from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
+from spatialprobe.engine.parts.t5 import load_t5
 from spatialprobe.engine.types import Clip, Plan
 
 NOISE_THRESHOLD = 0.025  # MochiPipeline's: the first half of the steps takes this much of the noise away

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, content_hash, empty_module, load_weights, one_line
-from spatialprobe.engine.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.images import resize, signed
-from spatialprobe.engine.models.open_sora import OpenSoraTransformer, Sizes, pack
+from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
+from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack
 from spatialprobe.engine.types import Clip, Plan
 
 TRANSFORMER, VAE = "Open_Sora_v2.safetensors", "hunyuan_vae.safetensors"

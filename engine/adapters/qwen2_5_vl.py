@@ -1,6 +1,6 @@
 """Qwen2.5-VL (transformers). Most blocks of its vision tower attend within windows of 112 pixels."""
 
-from spatialprobe.engine.qwen_kin import ANY, QwenKin
+from spatialprobe.engine.parts.qwen import ANY, QwenKin
 
 # In published config.json files the decoder's fields lie at the top level, among these.
 TOP = (

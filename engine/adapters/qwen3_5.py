@@ -6,7 +6,7 @@ are there is part of the spec.
 
 from importlib.metadata import distributions
 
-from spatialprobe.engine.qwen_kin import ANY, QwenKin
+from spatialprobe.engine.parts.qwen import ANY, QwenKin
 
 KERNELS = [n for n in ("causal-conv1d", "fla-core", "flash-linear-attention") if any(distributions(name=n))]
 

@@ -3,7 +3,7 @@
 A tap on decoder blocks 0 to 2 sees the value before the model adds its DeepStack features.
 """
 
-from spatialprobe.engine.qwen_kin import QwenKin
+from spatialprobe.engine.parts.qwen import QwenKin
 
 
 class Qwen3VL(QwenKin):

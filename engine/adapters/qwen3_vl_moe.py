@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spatialprobe.engine.qwen_kin import ANY, QwenKin
+from spatialprobe.engine.parts.qwen import ANY, QwenKin
 
 
 class Qwen3VLMoe(QwenKin):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.image_encoder import ImageEncoder
-from spatialprobe.engine.image_processor import ImageProcessor
+from spatialprobe.engine.parts.image_encoder import ImageEncoder
+from spatialprobe.engine.parts.image_processor import ImageProcessor
 
 
 class SigLIP2(ImageEncoder):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spatialprobe.engine.image_encoder import VideoEncoder
+from spatialprobe.engine.parts.image_encoder import VideoEncoder
 from spatialprobe.engine.types import Plan
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spatialprobe.engine.image_encoder import VideoEncoder
+from spatialprobe.engine.parts.image_encoder import VideoEncoder
 
 
 class VJEPA2(VideoEncoder):

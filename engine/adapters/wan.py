@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine import clip_vision, experts
 from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.flow_schedule import NUM_STEPS, FlowSchedule
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.parts import clip_vision, experts
+from spatialprobe.engine.parts.flow_schedule import NUM_STEPS, FlowSchedule
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, Plan
 
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -69,8 +69,8 @@ def probe_section(trained: dict[str, dict[str, Trained]]) -> Iterator[str]:
         yield "</div>"
     yield (
         f"<p>The geometry probe's points, coloured by their frames, are in {escape(str(vgm['geometry'].folder))} as "
-        "points.ply. The command trains the same probes as here into the same folder; a task is also a call of "
-        "<code>train</code>.</p>"
+        "points.ply. The command trains the same instance probes again, into a folder beside these; a task is also a "
+        "call of <code>train</code>.</p>"
     )
     yield f"<pre>{escape(vgm['instance'].command)}</pre>"
 

@@ -30,7 +30,7 @@ def build_llava_onevision(
     from huggingface_hub import save_torch_state_dict
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from spatialprobe.engine.models.rice_vit import RiceConfig, RiceViT
+    from spatialprobe.engine.parts.rice_vit import RiceConfig, RiceViT
 
     tokenizer, width, vision_width = qwen_tokenizer(), heads * head_dim, vision_heads * vision_head_dim
     text = {

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from spatialprobe.engine.demo.tiny.clip_text import clip_text
 from spatialprobe.engine.demo.tiny.hunyuan_vae import hunyuan_vae
 from spatialprobe.engine.demo.tiny.parts import draw_weights, t5_tokenizer, whole_folder
-from spatialprobe.engine.models.open_sora import OpenSoraTransformer, Sizes
+from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes
 
 FINAL = ("final_layer.linear", "final_layer.adaLN_modulation.1")  # in the released file, and not needed for features
 

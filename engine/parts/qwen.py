@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.frames_as_images import (
+from spatialprobe.engine.images import resize
+from spatialprobe.engine.parts.frames_as_images import (
     INTRODUCTION,
     check_tap,
     check_words,
@@ -25,8 +26,7 @@ from spatialprobe.engine.frames_as_images import (
     numbered,
     plan_images,
 )
-from spatialprobe.engine.image_grid import fit_pixels, patch_places, pixel_range
-from spatialprobe.engine.images import resize
+from spatialprobe.engine.parts.image_grid import fit_pixels, patch_places, pixel_range
 from spatialprobe.engine.types import Clip, Plan
 
 ANY = object()  # of an ignored field: whatever it says, no feature depends on it

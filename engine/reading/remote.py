@@ -18,10 +18,10 @@ import numpy as np
 
 from spatialprobe.engine.clipfile import SUFFIX, BadFile, is_whole
 from spatialprobe.engine.durable import publish, room_for
-from spatialprobe.engine.ranges import HEAD, Piece, extent, spans
-from spatialprobe.engine.rows import FeatureSource
+from spatialprobe.engine.reading.ranges import HEAD, Piece, extent, spans
+from spatialprobe.engine.reading.rows import FeatureSource
+from spatialprobe.engine.reading.stored_clip import StoredClip
 from spatialprobe.engine.store import FeatureStore, parse_spec
-from spatialprobe.engine.stored_clip import StoredClip
 from spatialprobe.engine.types import check_clip_id
 
 SPAN = 1 << 23  # bytes of one request; several are under way at once

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.host_memory import host_empty
+from spatialprobe.engine.reading.host_memory import host_empty
 from spatialprobe.engine.types import FeatureSpec
 
 Key = tuple[int, int | None]  # (layer, step), as in FeatureSpec.tensors()

@@ -14,8 +14,8 @@ from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
-from spatialprobe.engine.interleave import HALVES, half_frames, halves_for, interleaved_rows, longest
-from spatialprobe.engine.t5 import load_t5
+from spatialprobe.engine.parts.interleave import HALVES, half_frames, halves_for, interleaved_rows, longest
+from spatialprobe.engine.parts.t5 import load_t5
 from spatialprobe.engine.types import Clip, Plan
 
 NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
-from spatialprobe.engine.frames_as_images import plan_images
-from spatialprobe.engine.image_processor import ImageProcessor, normalise
+from spatialprobe.engine.parts.frames_as_images import plan_images
+from spatialprobe.engine.parts.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.types import Clip, Plan
 
 POSITIONS = ("native", "none", "shuffled")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spatialprobe.engine.rows import Key, StoredRows, row_numbers
+from spatialprobe.engine.reading.rows import Key, StoredRows, row_numbers
 
 
 def each(rows: StoredRows, fn: Callable[[Tensor], Tensor]) -> StoredRows:

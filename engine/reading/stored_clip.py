@@ -7,8 +7,8 @@ from typing import Any, Self
 import numpy as np
 
 from spatialprobe.engine.clipfile import BadFile
-from spatialprobe.engine.ranges import ByteFile
-from spatialprobe.engine.row_bytes import (
+from spatialprobe.engine.reading.ranges import ByteFile
+from spatialprobe.engine.reading.row_bytes import (
     check_bytes,
     damage_named,
     must_have_rows,
@@ -19,7 +19,7 @@ from spatialprobe.engine.row_bytes import (
     repeat_rows,
     row_pieces,
 )
-from spatialprobe.engine.rows import Key, StoredRows, row_numbers
+from spatialprobe.engine.reading.rows import Key, StoredRows, row_numbers
 from spatialprobe.engine.schema import mismatches
 from spatialprobe.engine.types import FeatureSpec, tensor_name
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.clipfile import METADATA_KEY, BadFile, Entry
-from spatialprobe.engine.probing_files import (
+from spatialprobe.engine.reading.probing_files import (
     Published,
     describe_dump,
     dumped_file,
@@ -18,8 +18,8 @@ from spatialprobe.engine.probing_files import (
     dumped_length,
     dumped_rows,
 )
-from spatialprobe.engine.ranges import LocalFile
-from spatialprobe.engine.row_bytes import (
+from spatialprobe.engine.reading.ranges import LocalFile
+from spatialprobe.engine.reading.row_bytes import (
     check_bytes,
     damage_named,
     must_have_rows,
@@ -31,7 +31,7 @@ from spatialprobe.engine.row_bytes import (
     repeat_rows,
     row_pieces,
 )
-from spatialprobe.engine.rows import Key, StoredRows, row_numbers
+from spatialprobe.engine.reading.rows import Key, StoredRows, row_numbers
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, check_clip_id
 from spatialprobe.kernels.pool_features import LAYER_NORM_EPS
 

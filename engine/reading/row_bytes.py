@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.clipfile import CHUNK, METADATA_KEY, BadFile, Entry, Header, expected_checksum
-from spatialprobe.engine.header import header_size, parse_header
-from spatialprobe.engine.ranges import ByteFile, Piece
-from spatialprobe.engine.rows import Key, StoredRows
+from spatialprobe.engine.reading.header import header_size, parse_header
+from spatialprobe.engine.reading.ranges import ByteFile, Piece
+from spatialprobe.engine.reading.rows import Key, StoredRows
 from spatialprobe.engine.schema import quantised
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, tensor_name
 
