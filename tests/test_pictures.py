@@ -1,4 +1,4 @@
-"""Which probe is drawn, what the layer x step map holds, and how predicted depth is scaled: before anything is drawn."""
+"""Which probe is drawn, what the layer x step map holds, and how predicted depth is scaled, before it is drawn."""
 
 from pathlib import Path
 from types import SimpleNamespace

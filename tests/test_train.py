@@ -307,11 +307,11 @@ def test_clips_of_features_and_labels_must_meet(store, labels, tmp_path):
 
 def test_paths_are_refused_where_what_they_hold_is_wanted(store, labels, tmp_path):
     for wrong in (str(store.root), store.root, [store, store.root]):
-        with pytest.raises(ValueError, match="sources must be stores, got the path .*: open_source opens it"):
+        with pytest.raises(ValueError, match=r"sources must be stores, got the path .*: open_source opens it"):
             train(TAGGING, wrong, labels, **SMALL)
         with pytest.raises(ValueError, match="sources must be stores, got the path"):
             evaluate(tmp_path / "probe", wrong, labels)
-    with pytest.raises(ValueError, match="labels must be a reader of labels, got the path .*: open_labels opens it"):
+    with pytest.raises(ValueError, match=r"labels must be a reader of labels, got the path .*: open_labels opens it"):
         train(TAGGING, store, str(labels.root), **SMALL)
     with pytest.raises(ValueError, match="sources must be at least one store, got none"):
         train(TAGGING, [], labels, **SMALL)
