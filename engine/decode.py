@@ -77,6 +77,16 @@ def select_frames(
     return torch.cat([index, index[-1:].expand(padded)]), padded
 
 
+def window_cut(selection: FrameSelection) -> dict[str, int | str | None]:
+    """What says which source frame is frame f of the window: selections of equal cuts see the same frames."""
+    cut = {"start": "start" if selection.start == 0 else selection.start, "stride": selection.stride}
+    return cut | ({"window": selection.window} if selection.start == "center" else {})
+
+
+def describe_cut(cut: dict[str, int | str | None]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in cut.items())
+
+
 def _first_frame(selection: FrameSelection, start_idx: int | None, clip_id: str) -> int | None:
     """First frame of the window; None if it is centred, so that it depends on the length of the clip."""
     if isinstance(selection.start, int):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spatialprobe.engine.decode import describe_cut, window_cut
 from spatialprobe.engine.reading.memory import MemoryClip, copy_rows, each
 from spatialprobe.engine.reading.rows import Key, OpenClip, StoredRows
 from spatialprobe.engine.schema import quantised
@@ -156,23 +157,14 @@ class ClipReader:
 
 def must_see_equal_frames(specs: Sequence[FeatureSpec], labels: Labels | None) -> None:
     """Raises ValueError unless frame f of the window is the same source frame for all sources and the labels."""
-    cuts = [_cut(spec) for spec in specs]
+    cuts = [window_cut(spec.frames) for spec in specs]
     for i, cut in enumerate(cuts):
         if cut != cuts[0]:
-            raise ValueError(f"sources must see the same frames, got {_said(cuts[0])} of source 0, {_said(cut)} of {i}")
-    if labels is not None and cuts[0] != (known := {"start": labels.start, "stride": 1}):
-        raise ValueError(f"labels in {labels.root} are of frames at {_said(known)}, features at {_said(cuts[0])}")
-
-
-def _cut(spec: FeatureSpec) -> dict[str, int | str | None]:
-    """What says which source frame is frame f of the window."""
-    frames = spec.frames
-    cut = {"start": "start" if frames.start == 0 else frames.start, "stride": frames.stride}
-    return cut | ({"window": frames.window} if frames.start == "center" else {})
-
-
-def _said(cut: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in cut.items())
+            said = f"{describe_cut(cuts[0])} of source 0, {describe_cut(cut)} of {i}"
+            raise ValueError(f"sources must see the same frames, got {said}")
+    if labels is not None and cuts[0] != (known := window_cut(labels.selection)):
+        said = f"{describe_cut(known)}, features at {describe_cut(cuts[0])}"
+        raise ValueError(f"labels in {labels.root} are of frames at {said}")
 
 
 @contextmanager

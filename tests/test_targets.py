@@ -12,14 +12,18 @@ from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPi
 from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
 
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.demo.scene_files import write_demo
+from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv
 from spatialprobe.engine.demo.scenes import make_scene
+from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.demo.tiny.teachers import PROCESSORS, build_teacher
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.run import run_job
 from spatialprobe.engine.targets import run as targets
 from spatialprobe.engine.targets.run import map_size, run_targets, unproject
 from spatialprobe.engine.targets.teachers import Maps, open_teacher
+from spatialprobe.probes import FeatureLoader
 from spatialprobe.probes.labels import open_labels
+from spatialprobe.probes.sampling import FrameSampling
 
 CPU = torch.device("cpu")
 SOURCE, SIZE = (48, 64), (42, 56)
@@ -29,6 +33,11 @@ SOURCE, SIZE = (48, 64), (42, 56)
 def teachers(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
     return {kind: build_teacher(root / kind, kind) for kind in PROCESSORS}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return build_encoder(tmp_path_factory.mktemp("encoder") / "clip", "clip")
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +138,12 @@ def test_targets_are_labels_that_the_readers_read(scenes, teachers, tmp_path):
 
 def test_known_cameras_make_points_of_depth(scenes, teachers, tmp_path, monkeypatch):
     """With the true depth in the teacher's place, points, poses and intrinsics are the scene's own."""
-    truth, label = open_labels(scenes), targets.label
+    truth = open_labels(scenes)
 
-    def true_label(decoded, teacher, clock):
-        depth = truth.read(decoded.clip.id, range(5), ("depth",))["depth"]
-        knows = SimpleNamespace(AUTO_FRAMES=5, prepare=lambda frames: None, maps=lambda *a: Maps(depth))
-        return label(decoded, knows, clock)
+    def true_depth(decoded, teacher, clock):
+        return Maps(truth.read(decoded.clip.id, range(5), ("depth",))["depth"])
 
-    monkeypatch.setattr(targets, "label", true_label)
+    monkeypatch.setattr(targets, "predict", true_depth)
     job = words(
         scenes, teachers["depth_anything"], tmp_path / "targets", options={"size": "48x64"}, targets=str(scenes)
     )
@@ -164,6 +171,49 @@ def test_intrinsics_follow_the_size_of_the_maps(scenes, teachers, tmp_path):
     turn, move = half["extrinsic"][0, :, :3], half["extrinsic"][0, :, 3]
     in_camera = turn @ half["points"][0, 7, 10] + move
     torch.testing.assert_close(in_camera, small * half["depth"][0, 7, 10], rtol=1e-3, atol=1e-3)
+
+
+CUTS = [{}, {"start": 1}, {"start": "center", "window": 3}, {"stride": 2, "window": 3}]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_features_of_the_same_frames_take_these_labels(scenes, teachers, encoder, tmp_path, cut):
+    """Labels of a job's windows, with cameras of its source frames, meet features of equal windows and of no others."""
+    truth = open_labels(scenes)
+    job = words(scenes, teachers["depth_anything"], tmp_path / "targets", targets=str(scenes), **cut)
+    report, _ = run_targets(Job.from_words(job), truth)
+    assert report.written == 2
+    stores = []
+    for number, own in enumerate((cut, {"stride": 3})):
+        job = words(scenes, encoder, tmp_path / f"store{number}", layers=[0], query=":", **own) | {"options": {}}
+        stores.append(run_job(Job.from_words(job))[1])
+    labels = open_labels(tmp_path / "targets")
+    how = {"views": 2, "sampling": FrameSampling(context=3, gap=1, query=":"), "wanted": ["extrinsic", "images"]}
+    (batch,) = FeatureLoader(stores[0], labels, batch=2, **how)
+    for clip_id, frames, poses in zip(batch.ids, batch.frames, batch.labels["extrinsic"], strict=True):
+        source = [stores[0].provenance(clip_id)["index"][f] for f in frames]
+        assert torch.equal(poses, truth.read(clip_id, source, ("extrinsic",))["extrinsic"])
+    with pytest.raises(ValueError, match=r"labels in .*targets are of frames at start .*, features at .*stride 3"):
+        FeatureLoader(stores[1], labels, **how)
+
+
+def test_cameras_of_other_windows_are_refused(scenes, teachers, tmp_path):
+    write_dl3dv(tmp_path, "1K", [make_scene(0, frames=5, height=48, width=64)], start_idx=2, size=(14, 28))
+    published = open_labels(tmp_path / "DL3DV-processed")
+    job = Job.from_words(words(scenes, teachers["depth_anything"], tmp_path / "t", targets=str(published.root)))
+    wanted = "cameras are of frames at start start_idx, stride 1, targets of those at start start, stride 1"
+    with pytest.raises(ValueError, match=wanted):
+        run_targets(job, published)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_damaged_spec_of_a_folder_is_named(scenes, teachers, tmp_path):
+    job = Job.from_words(words(scenes, teachers["depth_anything"], tmp_path / "t", limit=1))
+    run_targets(job)
+    (tmp_path / "t" / "targets.json").write_text("{}")
+    for call in (lambda: open_labels(tmp_path / "t"), lambda: run_targets(job)):
+        with pytest.raises(ValueError, match=r"targets\.json is not the spec of a folder of targets"):
+            call()
 
 
 def test_frames_that_nobody_wanted_are_not_looked_at(scenes, teachers, tmp_path, monkeypatch):
@@ -198,6 +248,9 @@ def test_a_second_run_goes_on_and_failures_are_listed_and_retried(scenes, teache
     assert json.loads((out / "failed.jsonl").read_text())["id"] == "b"
     first = (out / "a.sft").read_bytes()
     torn.write_bytes(whole)
+    assert main([*command[:5], str(tmp_path / "new"), "--retry-failed"]) == 2
+    assert "there is nothing to retry" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     assert main([*command, "--retry-failed"]) == 0
     assert main(command) == 0
     assert "0 written, 2 there before" in capsys.readouterr().out

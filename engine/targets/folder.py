@@ -45,6 +45,14 @@ class TargetSpec:
         return cls(**raw | {"frames": FrameSelection(**raw["frames"]), "size": size})
 
 
+def read_spec(path: Path) -> TargetSpec:
+    """Raises ValueError for a file that holds something else."""
+    try:
+        return TargetSpec.from_json(path.read_text())
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not the spec of a folder of targets: {error}") from error
+
+
 class TargetFolder:
     """What `engine.report` and the pipeline need of a store, over such a folder."""
 
@@ -64,7 +72,7 @@ class TargetFolder:
         if root.exists() and not root.is_dir():
             raise ValueError(f"{root} is a file; targets are a folder")
         if (root / SPEC).exists():
-            if changed := differences(TargetSpec.from_json((root / SPEC).read_text()), spec):
+            if changed := differences(read_spec(root / SPEC), spec):
                 lines = "\n".join(f"  {line}" for line in changed)
                 raise ValueError(f"{root} holds targets of another spec; choose another folder\n{lines}")
         elif root.is_dir() and (foreign := sorted(p.name for p in root.iterdir() if p.name != "tmp")):

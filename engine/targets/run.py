@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.decode import describe_cut, load_clip, window_cut
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.job import ALL, Job, device_of, parse_size, select_shard
@@ -22,17 +22,20 @@ from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.queues import Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report
 from spatialprobe.engine.sources import list_clips
-from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec, failed_clips
-from spatialprobe.engine.targets.teachers import Size, Teacher, open_teacher
+from spatialprobe.engine.targets.folder import SPEC, TargetFolder, TargetSpec, failed_clips
+from spatialprobe.engine.targets.teachers import Maps, Size, Teacher, open_teacher
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, FrameSelection, parse_query
 
 WINDOW = 81  # frames, the study's
 LONGER_SIDE, CELL = 518, 14  # pixels of the study's maps, multiples of VGGT's patch
+SOURCE_FRAMES = window_cut(FrameSelection())  # of labels whose frame f is the source's frame f
 
 
 class Cameras(Protocol):
     """Labels with "extrinsic", "intrinsic" and "images": the last says which pixels the intrinsics are of."""
+
+    selection: FrameSelection  # its start and stride say which source frame is which label's
 
     def read(self, clip_id: str, frames: Sequence[int], wanted: Sequence[str]) -> dict[str, Tensor]: ...
 
@@ -74,9 +77,13 @@ def run_targets(job: Job, cameras: Cameras | None = None, *, retry_failed: bool 
         device=device.type,
         versions={name: version(name) for name in ("spatialprobe", "torch", "transformers", "pillow", "av")},
     )
+    if cameras is not None:
+        check_cameras(cameras, spec.frames)
     refs = select_shard(list_clips(job.clips, job.layout), job.shard, job.limit)
     TargetFolder.check_place(out, spec)
     if retry_failed:
+        if not (out / SPEC).exists():
+            raise ValueError(f"there is nothing to retry: {out} is no folder of targets")
         failed = failed_clips(out)
         refs = [ref for ref in refs if ref.id in failed]
     teacher.load(device, COMPUTE_DTYPES[dtype])
@@ -115,8 +122,7 @@ def make_targets(
             if isinstance(decoded, tuple):
                 outcomes.unreadable(*decoded)
                 continue
-            tensors = label(decoded, teacher, clock)
-            writes.put(decoded.ref, write, decoded, tensors, folder, clock)
+            writes.put(decoded.ref, write, decoded, predict(decoded, teacher, clock), folder, clock)
             writes.wait()
         writes.wait(0)
     except KeyboardInterrupt:
@@ -156,9 +162,19 @@ def map_size(source: Size) -> Size:
     return tuple(max(CELL, round(side * scale / CELL) * CELL) for side in source)
 
 
+def check_cameras(cameras: Cameras, frames: FrameSelection) -> None:
+    """Raises ValueError unless it is known which of the labels' frames a frame of the window is."""
+    known, wanted = window_cut(cameras.selection), window_cut(frames)
+    if known not in (SOURCE_FRAMES, wanted):
+        raise ValueError(f"cameras are of frames at {describe_cut(known)}, targets of those at {describe_cut(wanted)}")
+
+
 def scaled_cameras(cameras: Cameras, clip: Clip, size: Size) -> dict[str, Tensor]:
     """Poses of the window's frames, padding included, and intrinsics for maps of `size`."""
-    frames = [min(f, clip.window - clip.padded - 1) for f in range(clip.window)]
+    if window_cut(cameras.selection) == SOURCE_FRAMES:
+        frames = clip.index.tolist()
+    else:
+        frames = [min(f, clip.window - clip.padded - 1) for f in range(clip.window)]
     read = cameras.read(clip.id, frames, ("extrinsic", "intrinsic"))
     shape = cameras.read(clip.id, frames[:1], ("images",))["images"].shape[2:]
     resizing = torch.eye(3)
@@ -167,11 +183,9 @@ def scaled_cameras(cameras: Cameras, clip: Clip, size: Size) -> dict[str, Tensor
     return {"extrinsic": read["extrinsic"], "intrinsic": resizing @ read["intrinsic"]}
 
 
-def label(decoded: Decoded, teacher: Teacher, clock: Clock) -> dict[str, Tensor]:
-    """The tensors of a clip's file. Frames that were not shown have depth and confidence 0."""
-    clip, (height, width) = decoded.clip, decoded.size
-    depth = torch.zeros(clip.window, height, width)
-    focal = None
+def predict(decoded: Decoded, teacher: Teacher, clock: Clock) -> Maps:
+    """What the teacher says of the frames shown, on the CPU: as many maps as the window has frames, the others 0."""
+    clip, depth, focal = decoded.clip, torch.zeros(decoded.clip.window, *decoded.size), None
     for at in range(0, len(decoded.shown), teacher.AUTO_FRAMES):
         frames = list(decoded.shown[at : at + teacher.AUTO_FRAMES])
         with clock.host("prepare"):
@@ -182,19 +196,25 @@ def label(decoded: Decoded, teacher: Teacher, clock: Clock) -> dict[str, Tensor]
         if maps.focal is not None:
             focal = torch.zeros(clip.window) if focal is None else focal
             focal[frames] = maps.focal.cpu()
-    seen = (depth > 0) & depth.isfinite()
-    depth = torch.where(seen, depth, 0)
-    resized_images = resize(clip.frames, decoded.size, Image.Resampling.BICUBIC)
+    return Maps(depth, focal)
+
+
+def file_tensors(decoded: Decoded, maps: Maps) -> dict[str, Tensor]:
+    """The tensors of a clip's file. Frames that were not shown have depth and confidence 0."""
+    clip, size, cameras = decoded.clip, decoded.size, decoded.cameras
+    seen = (maps.depth > 0) & maps.depth.isfinite()
+    depth = torch.where(seen, maps.depth, 0)
+    images = resize(clip.frames, size, Image.Resampling.BICUBIC)
     tensors = {
-        "images": resized_images.permute(0, 3, 1, 2).contiguous(),
+        "images": images.permute(0, 3, 1, 2).contiguous(),
         "depthmaps": depth[..., None],
         "confmaps": seen.float(),
-        "start_idx": clip.index[:1].clone().squeeze(0),
-    } | decoded.cameras
-    if not decoded.cameras and focal is not None:
-        tensors["intrinsic"] = centred_camera(focal, decoded.size)
-    if decoded.cameras:
-        tensors["pointmaps"] = unproject(depth, **decoded.cameras)
+        "start_idx": clip.index[0].clone(),
+    }
+    if cameras:
+        return tensors | cameras | {"pointmaps": unproject(depth, **cameras)}
+    if maps.focal is not None:
+        tensors["intrinsic"] = centred_camera(maps.focal, size)
     return tensors
 
 
@@ -213,15 +233,21 @@ def unproject(
 ) -> Tensor:  # float32 [F, H, W, 3]
     """World points of depth maps."""
     height, width = depth.shape[1:]
-    v, u = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)], -1)
-    rays = torch.einsum("fij,hwj->fhwi", intrinsic.double().inverse(), pixels)
-    turn, move = extrinsic[..., :3].double(), extrinsic[:, None, None, :, 3].double()
-    return torch.einsum("fji,fhwj->fhwi", turn, rays * depth[..., None].double() - move).float()
+    v, u = torch.arange(height).double()[:, None, None], torch.arange(width).double()[:, None]
+    points = torch.empty(*depth.shape, 3)
+    for f, (distance, camera) in enumerate(zip(depth, extrinsic.double(), strict=True)):  # all at once would be GB
+        turn, move = camera[:, :3].T, camera[:, 3]
+        rays = turn @ intrinsic[f].double().inverse()  # x_world = turn (K^-1 [u v 1] depth - move)
+        directions = u * rays[:, 0] + v * rays[:, 1] + rays[:, 2]  # [H, W, 3]
+        points[f] = directions * distance[..., None].double() - turn @ move
+    return points
 
 
-def write(decoded: Decoded, tensors: dict[str, Tensor], folder: TargetFolder, clock: Clock) -> None:
-    """Stores a clip. Raises ClipError for one in which the teacher sees nothing."""
+@torch.inference_mode()
+def write(decoded: Decoded, maps: Maps, folder: TargetFolder, clock: Clock) -> None:
+    """Makes a clip's file. Raises ClipError for one in which the teacher sees nothing."""
+    with clock.host("finish"):
+        tensors = file_tensors(decoded, maps)
     shown = list(decoded.shown)
     if not tensors["confmaps"][shown].any():
         raise ClipError("the teacher's depth is nowhere positive and finite")

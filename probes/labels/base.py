@@ -40,7 +40,7 @@ class Labels(ABC):
 
     names: tuple[str, ...]  # keys of LABELS that this dataset has
     class_names: tuple[str, ...] = ()  # [K], if it has tag_pixel_counts
-    start: str = "start"  # where in the source frame 0 of the window is, as `FrameSelection.start`
+    selection: FrameSelection = FrameSelection()  # its start and stride say which source frame is which label's
 
     def __init__(self, root: str | Path):
         self.root = Path(root)

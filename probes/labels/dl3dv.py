@@ -1,12 +1,15 @@
 """DL3DV as the published study processed it: `<root>/<subset>/<hash>.sft`, what VGGT-1B predicted for each frame.
 
-The file's frames begin at its `start_idx`, as the window of features extracted with `--start start_idx` does.
+The file's frames begin at its `start_idx`, as the window of features extracted with `--start start_idx` does. Folders
+that `engine targets` made have the same files, and say in targets.json where their windows begin.
 """
 
 from pathlib import Path
 
 from torch import Tensor
 
+from spatialprobe.engine.targets.folder import SPEC, read_spec
+from spatialprobe.engine.types import FrameSelection
 from spatialprobe.probes.labels.base import Labels, TensorFile, split_ids
 
 TENSORS = {  # name -> name in the file, where [S, H, W, 1] stands for our [S, H, W]
@@ -22,7 +25,12 @@ TENSORS = {  # name -> name in the file, where [S, H, W, 1] stands for our [S, H
 class DL3DVLabels(Labels):
     """Geometry: depth, points, cameras. Each scene has a scale of its own."""
 
-    names, start = tuple(TENSORS), "start_idx"
+    names, selection = tuple(TENSORS), FrameSelection(start="start_idx")
+
+    def __init__(self, root: str | Path):
+        super().__init__(root)
+        if (made := self.root / SPEC).exists():
+            self.selection = read_spec(made).frames
 
     def ids(self, split: str | None = None) -> list[str]:
         if split is not None:
