@@ -48,5 +48,19 @@ def check_fields(
         )
 
 
+def table_of(config: Mapping[str, Any], name: str, where: str, needs: Collection[str] = ()) -> dict[str, Any]:
+    """The table `name` of a config file. Raises ValueError where it is none or lacks a field that it must hold."""
+    table = config.get(name)
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} must have a table {name}, got {table!r}")
+    must_hold(table, needs, f"{where}, {name}")
+    return table
+
+
+def must_hold(config: Mapping[str, Any], names: Collection[str], where: str) -> None:
+    if missing := sorted(name for name in names if config.get(name) is None):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
 def _parameters(cls: type) -> list[str]:
     return list(inspect.signature(cls.__init__).parameters) if "__init__" in vars(cls) else []

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, make_adapter, make_clip
+from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, make_adapter, make_clip, shown
 from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -90,6 +90,27 @@ def test_input_size_is_the_processors(qwen_path, size, images):
         return_tensors="pt",
     )["image_grid_thw"][0]
     assert fit_pixels(*size, 32, least, most) == (int(grid[1]) * 16, int(grid[2]) * 16)
+
+
+@pytest.mark.parametrize(("images", "share"), [(2, 2), (3, 4), (20, 20)])
+def test_images_share_a_videos_budget_of_pixels(qwen_path, images, share):
+    """As a video of so many frames would, in pairs."""
+    qwen = make_adapter(Qwen3VL, qwen_path, size=(4320, 7680))
+    budget = qwen.video_config["size"]
+    assert qwen.pixel_budget(images) == (max(32, budget["shortest_edge"] // share), budget["longest_edge"] // share)
+    assert qwen.pixel_budget(1) == tuple(qwen.image_config["size"][edge] for edge in ("shortest_edge", "longest_edge"))
+    height, width = qwen.plan(20, tuple(range(images))).size
+    assert height * width <= budget["longest_edge"] // share < (height + 32) * (width + 32)
+
+
+def test_images_are_shrunk_to_their_share(qwen_path, tmp_path):
+    qwen = make_adapter(Qwen3VL, qwen_path, size=(96, 160))
+    qwen.video_config = qwen.video_config | {"size": {"shortest_edge": 4096, "longest_edge": 4 * 64 * 96}}
+    qwen.load(1, CPU, torch.float32, tmp_path)
+    plan = qwen.plan(9, QUERY)
+    assert plan.size == (32 * 2, 32 * 3)
+    sizes = qwen.prepare(shown(make_clip(), plan), plan)["image_grid_thw"]
+    assert sizes.tolist() == [[1, 4, 6]] * 3
 
 
 @pytest.mark.parametrize(("tap", "grid"), [("decoder", (20, 17, 30)), ("vision", (20, 34, 60))])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
-from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
+from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields, table_of
 from spatialprobe.engine.parts.frames_as_images import (
     INTRODUCTION,
     check_tap,
@@ -64,7 +64,7 @@ class Gemma3(Adapter):
         where = f"{self.checkpoint.root}/config.json"
         check_fields(self.config, Gemma3Config, where, harmless=TRANSFORMERS_4)
         for part, cls in (("text_config", Gemma3TextConfig), ("vision_config", SiglipVisionConfig)):
-            check_fields(self.config[part], cls, f"{where}, {part}", harmless=TRANSFORMERS_4)
+            check_fields(table_of(self.config, part, where), cls, f"{where}, {part}", harmless=TRANSFORMERS_4)
 
     def _library_config(self):
         from transformers import Gemma3Config

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, Stored, empty_module, load_weights, one_line
-from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
+from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields, must_hold, table_of
 from spatialprobe.engine.parts.frames_as_images import (
     check_tap,
     check_words,
@@ -97,6 +97,7 @@ class InternVL(Adapter):
         self.original = stored.get("model_type") == "internvl_chat"
         if not self.original and stored.get("model_type") != "internvl":
             raise ValueError(f"{checkpoint.root} is no InternVL: its model_type is {stored.get('model_type')!r}")
+        check_sizes(stored, "llm_config" if self.original else "text_config", checkpoint.root)
         self.config = native_config(stored, checkpoint.root) if self.original else stored
         check_configs(self.config, checkpoint.root)
         vision, text = self.config["vision_config"], self.config["text_config"]
@@ -208,6 +209,14 @@ class InternVL(Adapter):
         if self.vision:  # [B * T, 1 + H * W, C]: the class token comes first
             return tokens[:, 1:].unflatten(0, (-1, plan.grid[0])).unflatten(2, plan.grid[1:])
         return image_tokens(tokens, state["image_positions"], plan)
+
+
+def check_sizes(stored: dict[str, Any], text: str, root: Path) -> None:
+    """Raises ValueError for a config that lacks a table or a size. `text` is the decoder's table."""
+    where, stack = f"{root}/config.json", ("num_hidden_layers", "hidden_size")
+    table_of(stored, text, where, stack)
+    table_of(stored, "vision_config", where, (*stack, "image_size", "patch_size"))
+    must_hold(stored, ("downsample_ratio",), where)
 
 
 def native_config(stored: dict[str, Any], root: Path) -> dict[str, Any]:

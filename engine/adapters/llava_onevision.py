@@ -4,6 +4,7 @@ The published repository brings its own code, which is never run; its tensors ar
 frames go in as separate images of one prompt; each is a row.
 """
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
-from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
+from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields, must_hold, table_of
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.parts.frames_as_images import (
     INTRODUCTION,
@@ -51,6 +52,7 @@ class LlavaOneVision(Adapter):
         where = f"{checkpoint.root}/config.json"
         if self.config.get("model_type") != "llavaonevision1_5":
             raise ValueError(f"{where}: model_type must be llavaonevision1_5, got {self.config.get('model_type')!r}")
+        must_hold(self.config, ("image_token_id",), where)
         self._check_fields(where)
         self.rice = RiceConfig.of(self.config["vision_config"], f"{where}, vision_config")
         self.text = self.config["text_config"]
@@ -72,8 +74,11 @@ class LlavaOneVision(Adapter):
         check_fields(self.config, PreTrainedConfig, where, harmless=TOP | TRANSFORMERS_4)
         tokens = {"image_token_id", "video_token_id"}
         harmless = TRANSFORMERS_4 | tokens
-        check_fields(self.config["text_config"], Qwen3Config, f"{where}, text_config", harmless=harmless)
-        check_fields(self.config["vision_config"], RiceConfig, f"{where}, vision_config", harmless=TRANSFORMERS_4)
+        text = table_of(self.config, "text_config", where, ("num_hidden_layers", "hidden_size"))
+        check_fields(text, Qwen3Config, f"{where}, text_config", harmless=harmless)
+        needs = [field.name for field in fields(RiceConfig) if field.default is MISSING]
+        vision = table_of(self.config, "vision_config", where, needs)
+        check_fields(vision, RiceConfig, f"{where}, vision_config", harmless=TRANSFORMERS_4)
 
     def check_options(self) -> None:
         height, width = self.options["size"]

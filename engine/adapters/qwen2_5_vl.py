@@ -1,5 +1,6 @@
 """Qwen2.5-VL (transformers). Most blocks of its vision tower attend within windows of 112 pixels."""
 
+from spatialprobe.engine.configs import table_of
 from spatialprobe.engine.parts.qwen import ANY, QwenKin
 
 # In published config.json files the decoder's fields lie at the top level, among these.
@@ -26,7 +27,8 @@ class Qwen25VL(QwenKin):
             return super().config_parts(raw)
         text = {name: value for name, value in raw.items() if name not in TOP}
         top = {name: raw[name] for name in TOP if name in raw}
-        return {"config.json": top, "text_config": text, "vision_config": raw["vision_config"]}
+        vision = table_of(raw, "vision_config", f"{self.checkpoint.root}/config.json")
+        return {"config.json": top, "text_config": text, "vision_config": vision}
 
     def window(self) -> int:
         return self.config.vision_config.window_size // self.cell

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
-from spatialprobe.engine.configs import check_fields
+from spatialprobe.engine.configs import check_fields, table_of
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.parts.frames_as_images import (
     INTRODUCTION,
@@ -29,6 +29,7 @@ from spatialprobe.engine.parts.frames_as_images import (
 from spatialprobe.engine.parts.image_grid import fit_pixels, patch_places, pixel_range
 from spatialprobe.engine.types import Clip, Plan
 
+PARTS = ("text_config", "vision_config")
 ANY = object()  # of an ignored field: whatever it says, no feature depends on it
 # Fields of any decoder's table: of the language head, older spellings of rope_parameters, which transformers reads, and
 # ids that older releases wrote at both levels, of which the top one counts.
@@ -71,19 +72,19 @@ class QwenKin(Adapter):
         self.image_config = checkpoint.json("preprocessor_config.json")
         video = "video_preprocessor_config.json"
         self.video_config = checkpoint.json(video) if checkpoint.has(video) else self.image_config
-        text, vision = parts["text_config"], parts["vision_config"]
-        self.patch, self.merge = self.config.vision_config.patch_size, self.config.vision_config.spatial_merge_size
+        text, vision = self.config.text_config, self.config.vision_config  # with the library's defaults
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         self.cell = self.patch * self.merge  # pixels per token of the decoder, in height and in width
         self.vision = options["tap"] == "vision"
-        self.num_layers = vision["depth"] if self.vision else text["num_hidden_layers"]
+        self.num_layers = vision.depth if self.vision else text.num_hidden_layers
         self.num_steps = 0
-        self.channels = vision["hidden_size"] if self.vision else text["hidden_size"]
+        self.channels = vision.hidden_size if self.vision else text.hidden_size
 
     def config_parts(self, raw: dict) -> dict[str, dict]:
         """The three tables of config.json. What its top level says just as the decoder's table does is left out."""
-        text = raw["text_config"]
+        text, vision = (table_of(raw, part, f"{self.checkpoint.root}/config.json") for part in PARTS)
         top = {name: value for name, value in raw.items() if name not in text or text[name] != value}
-        return {"config.json": top, "text_config": text, "vision_config": raw["vision_config"]}
+        return {"config.json": top, "text_config": text, "vision_config": vision}
 
     def _config_class(self) -> type:
         import transformers
