@@ -67,7 +67,8 @@ def accumulate(
     not fit, for an `x` that wants a gradient (features are frozen), and, in Triton, for C beyond 16384.
     """
     if into is None:
-        return pool_features(x, rows, grid, dtype=torch.float32, weight=weight, impl=impl).data
+        data = pool_features(x, rows, grid, dtype=torch.float32, weight=weight, impl=impl).data
+        return data.contiguous()  # torch's results have the strides of x, and the steps to come want a plain buffer
     steps, grid, weights = _checked(x, rows, grid, weight, "into", into)
     if use_triton(impl, x):
         _add_pooled(steps, rows, grid, weights, into)

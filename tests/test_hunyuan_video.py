@@ -149,6 +149,20 @@ def test_a_job_writes_a_store_that_verifies(path, clips_path, tmp_path):
     assert list(store.verify()) == []
 
 
+@pytest.mark.parametrize("pool", ["none", "1x2"])
+def test_the_mean_of_steps_is_that_of_their_features(path, clips_path, tmp_path, pool):
+    """The first block's output has the strides of the patches' convolution, not those of [B, N, C]."""
+    words = {"clips": str(clips_path), "model": str(path), "layers": [0, 3], "window": 5, "limit": 1, "pool": pool}
+    words |= {"steps": [500, 874], "store_dtype": "bfloat16", "options": {"size": "32x48"}}
+    _, apart = run_job(Job.from_words(words | {"out": str(tmp_path / "apart")}))
+    _, merged = run_job(Job.from_words(words | {"out": str(tmp_path / "merged"), "merge_steps": True}))
+    for layer in (0, 3):
+        first, second = (apart.read("clip0", layer, step).data.float() for step in (500, 874))
+        assert not torch.allclose(first, second, atol=0.05)
+        mean = merged.read("clip0", layer).data.float()
+        torch.testing.assert_close(mean, (first + second) / 2, rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

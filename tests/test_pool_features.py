@@ -182,6 +182,18 @@ def test_steps_one_by_one_or_at_once_are_their_weighted_sum(grid, rows, given, i
 
 
 @both
+@pytest.mark.parametrize("grid", [None, (2, 3), (3, 5)])
+def test_steps_whose_channels_are_not_side_by_side_add_up(grid, impl):
+    """As those of HunyuanVideo's first blocks: its embedded patches keep the strides of a convolution."""
+    x = noise(2, 20, 2, 4, 6).permute(0, 2, 3, 4, 1)  # [K, T, H, W, C]
+    x = x[:, None]
+    exact, error = slow_sum(x, (0, 1), grid or (4, 6), [0.5, 0.5], None)
+    total = accumulate(x[0], (0, 1), grid, weight=0.5, impl=impl)
+    done = pool_features(x[1], (0, 1), grid, dtype=torch.float32, onto=total, weight=0.5, impl=impl)
+    check(done, exact, error, torch.float32)
+
+
+@both
 def test_accumulating_writes_nothing_beside_the_buffer(impl):
     memory = torch.full((64 + 2 * 6 * 5 + 64,), 7.25, device=DEVICE)
     into = memory[64:-64].view(1, 2, 2, 3, 5)
