@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(f"--{word.replace('_', '-')}", metavar=placeholder, help=TARGET_HELP.get(word, about))
     sub.add_argument("--size", metavar="HxW", help="of the maps (default: the longer side 518 pixels)")
     sub.add_argument("--cameras", metavar="LABELS", help="labels of these clips with poses and intrinsics")
+    sub.add_argument("--intrinsic-size", metavar="HxW", help="pixels that ScanNet's intrinsic.txt is of: 968x1296")
     sub.add_argument("--retry-failed", action="store_true", help="only clips that failed before")
 
     command("models", models, "presets, their token grids and the layers the study used")
@@ -172,9 +173,13 @@ def targets(args: argparse.Namespace) -> int:
     args.targets, cameras = args.cameras, None
     job = read_job(args)
     if args.cameras:
+        from spatialprobe.engine.job import parse_size
         from spatialprobe.probes.labels import open_labels
 
-        cameras = open_labels(args.cameras)
+        of = {"intrinsic_size": parse_size("intrinsic-size", args.intrinsic_size)} if args.intrinsic_size else {}
+        cameras = open_labels(args.cameras, "scannet" if of else "auto", **of)
+    elif args.intrinsic_size:
+        raise ValueError("intrinsic-size is for --cameras")
     report, out = run_targets(job, cameras, retry_failed=args.retry_failed)
     return print_report(report, out, args.words)
 

@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPi
 from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
 
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv
+from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.demo.tiny.teachers import PROCESSORS, build_teacher
@@ -195,6 +196,33 @@ def test_features_of_the_same_frames_take_these_labels(scenes, teachers, encoder
         assert torch.equal(poses, truth.read(clip_id, source, ("extrinsic",))["extrinsic"])
     with pytest.raises(ValueError, match=r"labels in .*targets are of frames at start .*, features at .*stride 3"):
         FeatureLoader(stores[1], labels, **how)
+    again = words(scenes, teachers["depth_anything"], tmp_path / "again", targets=str(tmp_path / "targets"), **cut)
+    run_targets(Job.from_words(again), labels)  # cameras of windows of the same frames
+    for clip_id in labels.ids():
+        poses = (of.read(clip_id, range(3), ("extrinsic",))["extrinsic"] for of in (labels, open_labels(again["out"])))
+        torch.testing.assert_close(*poses, rtol=0, atol=0)
+
+
+def test_intrinsics_of_larger_images_are_noticed(scenes, teachers, tmp_path, capsys):
+    """As ScanNet's are: intrinsic.txt is of the camera's own images, of about twice the sides."""
+    scene = make_scene(0, frames=5, height=48, width=64)
+    root = write_scannet(tmp_path, "train", [scene])
+    text = root / "train" / scene.id / "intrinsic.txt"
+    matrix = np.loadtxt(text)
+    large = np.diag([2.0, 2.0, 1.0, 1.0]) @ matrix
+    large[:2, 2] += 0.5  # centres are whole numbers
+    np.savetxt(text, large)
+    command = ["targets", str(root), "--model", str(teachers["depth_anything"]), "--window", "5", "--size", "48x64"]
+    command += ["--cameras", str(root), "--out"]
+    assert main([*command, str(tmp_path / "a")]) == 1
+    assert "images of 48x64 pixels; if they are of others" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "b"), "--intrinsic-size", "96x128"]) == 0
+    made = open_labels(tmp_path / "b").read(f"train/{scene.id}", [0], ("intrinsic",))["intrinsic"][0]
+    torch.testing.assert_close(made.double(), torch.from_numpy(matrix[:3, :3]), rtol=1e-5, atol=1e-4)
+    assert main([*command[:-3], "--out", str(tmp_path / "c"), "--intrinsic-size", "96x128"]) == 2
+    assert "is for --cameras" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "b")]) == 2
+    assert "intrinsic_size: [96, 128] there" in capsys.readouterr().err.replace("(", "[").replace(")", "]")
 
 
 def test_cameras_of_other_windows_are_refused(scenes, teachers, tmp_path):

@@ -31,6 +31,7 @@ class TargetSpec:
     frames: FrameSelection
     size: tuple[int, int] | None  # (H, W) of the maps; None: the study's, 518 pixels along the longer side
     cameras: str | None = None  # folder of the labels that poses and intrinsics were taken from
+    intrinsic_size: tuple[int, int] | None = None  # (H, W) of the images that its intrinsics are of, if not its own
     compute_dtype: str = "float32"
     device: str = "cuda"
     versions: dict[str, str] = field(default_factory=dict, hash=False)
@@ -41,8 +42,8 @@ class TargetSpec:
     @classmethod
     def from_json(cls, text: str) -> "TargetSpec":
         raw = json.loads(text)
-        size = None if raw["size"] is None else tuple(raw["size"])
-        return cls(**raw | {"frames": FrameSelection(**raw["frames"]), "size": size})
+        sizes = {name: raw[name] and tuple(raw[name]) for name in ("size", "intrinsic_size")}
+        return cls(**raw | {"frames": FrameSelection(**raw["frames"])} | sizes)
 
 
 def read_spec(path: Path) -> TargetSpec:
