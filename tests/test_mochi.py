@@ -115,6 +115,27 @@ def test_equals_hooks_on_the_running_pipeline(path, tmp_path, depth, layers, dty
     assert_equals_pipeline(path, tmp_path, depth, layers, dtype, **options)
 
 
+def test_latents_that_the_config_says_nothing_about_are_normalised_as_the_class_has_it(path, tmp_path, mochi):
+    video = {"video": torch.randint(0, 256, (1, 1, *SIZE, 3), generator=torch.Generator().manual_seed(3)).byte()}
+    plan = mochi.plan(1, (0,))
+    whole = json.loads((path / "vae/config.json").read_text())
+    found = []
+    for name in ("silent", "none"):
+        shutil.copytree(path, tmp_path / name)
+        fields = {k: v for k, v in whole.items() if not k.startswith("latents_")}
+        fields |= {"latents_mean": None, "latents_std": None} if name == "none" else {}
+        (tmp_path / name / "vae/config.json").write_text(json.dumps(fields))
+        model = adapter(tmp_path / name)
+        model.load(1, families.CPU, torch.float32, tmp_path / "cache")
+        with torch.inference_mode():
+            found.append(model.encode(video, plan))
+    with torch.inference_mode():
+        expected = mochi.encode(video, plan)
+    assert torch.equal(found[0], expected)
+    mean, std = (torch.tensor(whole[k]).view(1, 12, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+    torch.testing.assert_close((found[1] - mean) / std, expected)  # of the scale 1
+
+
 def test_an_empty_prompt_may_stand_for_no_text_at_all(path, tmp_path, mochi):
     """As the original program does, and the pipeline if its checkpoint says so."""
     zeros = changed(path, tmp_path / "mochi", "model_index.json", {"force_zeros_for_empty_prompt": True})

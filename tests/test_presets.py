@@ -1,8 +1,10 @@
 """The table of presets agrees with what the adapters compute from the published configs, kept in `published/`."""
 
+import inspect
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -42,6 +44,39 @@ def test_preset_matches_its_adapter(name, tmp_path):
         same, more = (adapter.weight_bytes(first + n, torch.bfloat16) / 1e9 for n in (0, 1))
         assert later == pytest.approx(more - same, rel=0.02)
         assert preset.memory_gb(first) == pytest.approx(more, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline", "options"),
+    [
+        ("cogvideox", "CogVideoXPipeline", {"prompt_tokens": "max_sequence_length"}),
+        ("hunyuan_video", "HunyuanVideoPipeline", {"prompt_tokens": "max_sequence_length", "guidance_scale": None}),
+        ("ltx", "LTXPipeline", {"prompt_tokens": "max_sequence_length", "frame_rate": None}),
+        ("mochi", "MochiPipeline", {"prompt_tokens": "max_sequence_length"}),
+        ("cosmos", "Cosmos2VideoToWorldPipeline", {"prompt_tokens": "max_sequence_length", "fps": None}),
+    ],
+)
+def test_what_a_model_is_told_beside_the_clip_is_the_pipelines_default(family, pipeline, options):
+    words = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    for own, theirs in options.items():
+        assert adapter_class(family).OPTIONS[own] == words[theirs or own].default, own
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "prompt_tokens", "others"),
+    [
+        ("wan", (480, 832), 226, {"flow_shift": 3.0, "vae_tiling": True}),
+        ("wan_i2v", (480, 832), 226, {"flow_shift": 0.0, "vae_tiling": False, "clip_dtype": "float16"}),
+        ("cogvideox", (480, 720), 226, {"half_frames": 49, "vae_tiling": False}),
+        ("aether", (480, 720), 226, {"half_frames": 41, "fps": 8, "geometry": "reconstruct", "condition": "image"}),
+        ("open_sora", (480, 848), 512, {"vae_sample": True, "first_frame": True, "vae_tiling": True}),
+    ],
+)
+def test_parity_is_the_studys_protocol(family, size, prompt_tokens, others):
+    """The study's code, read: its frames' size, padding of the empty prompt, shift, and how the VAE ran."""
+    wanted = {"size": size, "prompt": "", "prompt_tokens": prompt_tokens} | others
+    parity = adapter_class(family).PARITY
+    assert {name: parity[name] for name in wanted} == wanted
 
 
 def header(shapes: dict[str, list[int]]) -> bytes:

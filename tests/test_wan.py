@@ -171,6 +171,12 @@ def test_half_a_pair_of_experts_is_refused(wan_path, tmp_path, change):
         adapter(changed(wan_path, tmp_path, "model_index.json", **change))
 
 
+def test_a_pipeline_of_another_family_is_refused(wan_path, tmp_path):
+    message = "must be a WanPipeline or WanImageToVideoPipeline, got CogVideoXPipeline"
+    with pytest.raises(ValueError, match=message):
+        adapter(changed(wan_path, tmp_path, "model_index.json", _class_name="CogVideoXPipeline"))
+
+
 def test_image_to_video_is_another_family(wan_path, tmp_path):
     with pytest.raises(ValueError, match="is an image-to-video Wan; name its family, --family wan_i2v"):
         adapter(changed(wan_path, tmp_path, "transformer/config.json", in_channels=36))

@@ -177,11 +177,11 @@ class Mochi(Adapter):
     def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
         # In float32, as the pipeline computes between steps. It never encodes: this undoes what it does to decode.
         latents = self.vae.encode(signed(video, self.dtype)).latent_dist.mean.float()
-        mean, std = self.vae_config.get("latents_mean"), self.vae_config.get("latents_std")
-        if mean is None or std is None:
-            return latents * self.vae_config["scaling_factor"]
-        mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (mean, std))
-        return (latents - mean) * self.vae_config["scaling_factor"] / std
+        config = self.vae.config  # where the file lacks a field, the class's default stands
+        if config.latents_mean is None or config.latents_std is None:
+            return latents * config.scaling_factor
+        mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
+        return (latents - mean) * config.scaling_factor / std
 
     def forward(self, state: Tensor, step: int, noise: Tensor) -> None:
         share = self.shares[step]

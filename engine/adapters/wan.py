@@ -21,6 +21,7 @@ from spatialprobe.engine.parts import clip_vision, experts
 from spatialprobe.engine.parts.flow_schedule import NUM_STEPS, FlowSchedule
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, Plan
 
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 SCHEDULER = "scheduler/scheduler_config.json"
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # the experts' folders; models without experts have the first
 
@@ -39,6 +40,8 @@ class Wan(Adapter):
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
         index = checkpoint.json("model_index.json")
+        if (pipeline := index.get("_class_name")) not in PIPELINES:
+            raise ValueError(f"{checkpoint.root} must be a {' or '.join(PIPELINES)}, got {pipeline}")
         self.config = checkpoint.json("transformer/config.json")
         self.vae_config = checkpoint.json("vae/config.json")
         self.expand_timesteps = bool(index.get("expand_timesteps"))  # TI2V-5B: a timestep for every token
