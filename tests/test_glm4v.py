@@ -33,11 +33,11 @@ def test_both_taps_equal_the_whole_model(path, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("size", [(540, 960), (1080, 1920), (33, 47), (20, 90), (720, 405), (64, 64), (1500, 3400)])
-@pytest.mark.parametrize("images", [1, 3, 20])
-def test_input_size_is_the_processors(path, size, images):
+def test_input_size_is_the_processors(path, size):
     grid = Glm4vImageProcessorPil.from_pretrained(path)(images=[Image.new("RGB", size[::-1])], return_tensors="pt")
-    plan = make_adapter(Glm4v, path, size=size, tap="vision").plan(20, tuple(range(images)))
-    assert [1, *plan.grid[1:]] == grid["image_grid_thw"][0].tolist()
+    for images in (1, 3, 20):  # which share nothing
+        plan = make_adapter(Glm4v, path, size=size, tap="vision").plan(20, tuple(range(images)))
+        assert [1, *plan.grid[1:]] == grid["image_grid_thw"][0].tolist()
 
 
 @pytest.mark.parametrize(("tap", "grid"), [("decoder", (3, 5)), ("vision", (6, 10))])

@@ -71,6 +71,19 @@ def test_a_model_that_cannot_fit_says_what_would(wan_path, tmp_path, monkeypatch
     assert not (tmp_path / "store").exists()
 
 
+def test_blocks_that_host_memory_cannot_hold_are_refused(wan_path, monkeypatch):
+    wan = make_adapter(Wan, wan_path, size=(64, 96))
+    one, two = (wan.weight_bytes(depth, torch.float32) for depth in (1, 2))
+    gpu, free = torch.device("cuda"), {"cuda": one, "cpu": 2 * (two - one)}
+    monkeypatch.setattr(placement, "free_bytes", lambda device: free[device.type])
+    check_fits(wan, 2, torch.float32, gpu, "host")  # of which the GPU holds one at a time
+    with pytest.raises(ValueError, match=r"3 blocks need 0\.0 GB of host memory: 2 blocks would fit"):
+        check_fits(wan, 3, torch.float32, gpu, "host")
+    free["cuda"] = one - 1
+    with pytest.raises(ValueError, match="not one would fit"):
+        check_fits(wan, 2, torch.float32, gpu, "host")
+
+
 @pytest.mark.parametrize(
     ("how", "message"), [("disk", "offload must be one of none, host, spread"), ("spread", "needs CUDA devices")]
 )
