@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForDepthEstimation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
@@ -194,6 +195,8 @@ def test_features_of_the_same_frames_take_these_labels(scenes, teachers, encoder
     for clip_id, frames, poses in zip(batch.ids, batch.frames, batch.labels["extrinsic"], strict=True):
         source = [stores[0].provenance(clip_id)["index"][f] for f in frames]
         assert torch.equal(poses, truth.read(clip_id, source, ("extrinsic",))["extrinsic"])
+        first = stores[0].provenance(clip_id)["index"][0]
+        assert int(load_file(labels.path(clip_id))["start_idx"]) == first
     with pytest.raises(ValueError, match=r"labels in .*targets are of frames at start .*, features at .*stride 3"):
         FeatureLoader(stores[1], labels, **how)
     again = words(scenes, teachers["depth_anything"], tmp_path / "again", targets=str(tmp_path / "targets"), **cut)
@@ -306,6 +309,7 @@ def test_unproject_of_an_identity_camera():
         ({"model": "relative"}, "gives relative depth, wanted a metric checkpoint"),
         ({"model": "blind"}, "no model of the field of view"),
         ({"model": "other"}, "says it is 'qwen3_vl'"),
+        ({"model": "newer"}, "fields that ZoeDepthConfig of the installed transformers does not know: gate"),
         ({"options": {"prompt": "x"}}, "option size alone"),
         ({"compute_dtype": "int8"}, "compute_dtype must be one of"),
         ({"model": "torn"}, "is not a whole safetensors file|lacks 1 tensors|cannot be loaded"),
@@ -321,6 +325,10 @@ def test_bad_input(scenes, teachers, tmp_path, change, message):
         model = tmp_path / "other"
         model.mkdir()
         (model / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
+    elif model == "newer":
+        model = build_teacher(tmp_path / "newer", "zoedepth")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"gate": 1}))
     elif model == "torn":
         model = build_teacher(tmp_path / "torn", "depth_anything")
         weights = model / "model.safetensors"

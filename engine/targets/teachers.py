@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from spatialprobe.engine.checkpoint import Checkpoint, one_line
+from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields
 from spatialprobe.engine.presets import LEFT_OUT, TEACHERS
 
 Size = tuple[int, int]  # (H, W) in pixels
@@ -33,7 +34,14 @@ class Teacher(ABC):
     AUTO_FRAMES: ClassVar[int] = 8  # images per forward
 
     def __init__(self, checkpoint: Checkpoint):
+        from transformers import CONFIG_MAPPING
+
         self.checkpoint, self.config = checkpoint, checkpoint.json("config.json")
+        # ZoeDepth's published configs say the width of the backbone twice.
+        cls = CONFIG_MAPPING[self.config["model_type"]]
+        check_fields(
+            self.config, cls, f"{checkpoint.root}/config.json", harmless=TRANSFORMERS_4 | {"backbone_hidden_size"}
+        )
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Reads the weights, all of them: depth comes from the last block."""
