@@ -29,9 +29,10 @@ from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import accumulate, finish
 from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.labels import ScanNetLabels
-from spatialprobe.probes.loop import sampling_of, train
+from spatialprobe.probes.loop import train
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import Result
+from spatialprobe.probes.setup import sampling_of
 from spatialprobe.probes.task import ProbeTask
 from spatialprobe.probes.tasks.instance import INSTANCE
 from spatialprobe.probes.tasks.tagging import TAGGING, tag_facts

@@ -18,6 +18,8 @@ from spatialprobe.probes.training import Trainee
 
 STATE = ("curve", "best_score", "best_epoch", "stopped", "loss_sum", "clips")  # of a Trainee, beside its tensors
 
+FACTS = "facts."  # before the name of a tensor that is one of the task's facts
+
 
 def save_run(path: Path, trainees: Sequence[Trainee], about: dict[str, Any], progress: dict[str, Any]) -> None:
     """Replaces the checkpoint at `path`, whole or not at all. `about` says which run it is, `progress` where it is."""
@@ -80,14 +82,16 @@ def _short(value: Any) -> str:
 def save_probe(path: Path, trainee: Trainee, about: dict[str, Any]) -> None:
     """The probe's best weights, with all that `load_probe` needs to build it again."""
     probe = trainee.probe
+    facts = None if probe.facts is None else asdict(probe.facts)
+    tensors = {f"{FACTS}{name}": x for name, x in (facts or {}).items() if isinstance(x, Tensor)}
     described = {
         "task": probe.task.name,
         "config": asdict(probe.config),
-        "facts": None if probe.facts is None else asdict(probe.facts),
+        "facts": facts and {name: x for name, x in facts.items() if not isinstance(x, Tensor)},
         "channels": probe.input.weight.shape[1],
         "keys": [list(key) for key in trainee.keys],
     }
-    save(path, trainee.best or dict(probe.state_dict()), described | {"about": about})
+    save(path, (trainee.best or dict(probe.state_dict())) | tensors, described | {"about": about})
 
 
 def load_probe(path: Path, tasks: dict[str, ProbeTask]) -> tuple[Probe, dict[str, Any]]:
@@ -97,7 +101,8 @@ def load_probe(path: Path, tasks: dict[str, ProbeTask]) -> tuple[Probe, dict[str
         raise ValueError(f"{path} is of task {header.get('task')!r}; known: {', '.join(tasks)}")
     task = tasks[header["task"]]
     as_tuples = {n: tuple(x) if isinstance(x, list) else x for n, x in (header["facts"] or {}).items()}
-    facts = None if header["facts"] is None else task.facts_type(**as_tuples)
+    of_facts = {n.removeprefix(FACTS): tensors.pop(n) for n in list(tensors) if n.startswith(FACTS)}
+    facts = None if header["facts"] is None else task.facts_type(**as_tuples, **of_facts)
     probe = Probe(task, ProbeConfig(**header["config"]), header["channels"], facts)
     probe.load_state_dict(tensors)
     return probe, header

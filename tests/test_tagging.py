@@ -35,8 +35,8 @@ def answers(clips, classes, seed=0, share=0.3):
     return scores, torch.rand(clips, classes, generator=rng) < share
 
 
-def facts_of(classes, rates=None):
-    return TagFacts(tuple(f"class {k}" for k in range(classes)), rates or (0.5,) * classes)
+def facts_of(classes, rates=None, text=None):
+    return TagFacts(tuple(f"class {k}" for k in range(classes)), rates or (0.5,) * classes, text)
 
 
 def small(**settings):
@@ -263,7 +263,7 @@ def test_head_is_torchs_decoder_with_a_score_per_class(width, tokens, special, e
 def test_gradients_reach_every_parameter(tmp_path, texts, depth):
     path = tmp_path / "texts.npy"
     np.save(path, np.random.default_rng(0).normal(size=(5, 6)).astype(np.float16))
-    config, facts = small(depth=depth, text_embeddings=path if texts else None), facts_of(5)
+    config, facts = small(depth=depth), facts_of(5, text=read_text_embeddings(path, 5) if texts else None)
     backbone = Backbone(config.embed, config.depth, heads=config.heads)
     head = TAGGING.head(backbone.width, config, facts)
     outputs = head(backbone(torch.randn(4, 2, *GRID, config.embed)))
@@ -304,7 +304,9 @@ def test_text_embeddings_are_read_and_kept(tmp_path):
     read = read_text_embeddings(str(tmp_path / "t.safetensors"), 4)
     assert read.dtype == torch.float32
     assert torch.equal(read, texts.bfloat16().float())
-    head = TAGGING.head(16, small(text_embeddings=tmp_path / "t.npy"), facts_of(4))
+    head = TAGGING.head(16, small(), facts_of(4, text=read))
+    assert torch.equal(head.state_dict()["embeddings"], read)
+    head = TAGGING.head(16, small(), facts_of(4, text=texts))
     assert torch.equal(head.state_dict()["embeddings"], texts)
     assert "embeddings" not in dict(head.named_parameters())
 
@@ -313,7 +315,7 @@ def test_text_embeddings_that_do_not_fit_are_refused(tmp_path):
     texts, path = np.zeros((4, 6), np.float32), tmp_path / "t.npy"
     np.save(path, texts)
     with pytest.raises(ValueError, match=r"t.npy must hold \[5, channels\], a row per class, got \[4, 6\]"):
-        TAGGING.head(16, small(text_embeddings=path), facts_of(5))
+        read_text_embeddings(path, 5)
     save_file({"clip": torch.zeros(4, 6)}, tmp_path / "t.safetensors")
     with pytest.raises(ValueError, match=r"t\.safetensors must hold text_embeddings, got clip"):
         read_text_embeddings(tmp_path / "t.safetensors", 4)

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,10 @@ from spatialprobe.probes.checkpoint import load, load_probe
 from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.fusion import Stored, fuse
 from spatialprobe.probes.labels import ScanNetLabels
-from spatialprobe.probes.loop import evaluate, grid_configs, sampling_of, split, train
+from spatialprobe.probes.loop import evaluate, train
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import read_results, table
+from spatialprobe.probes.setup import grid_configs, sampling_of, split
 from spatialprobe.probes.tasks.geometry import GEOMETRY
 from spatialprobe.probes.tasks.tagging import TAGGING, TagFacts, asymmetric_loss
 from spatialprobe.probes.training import Diverged, features_of, learning_rate, targets_of
@@ -238,6 +240,28 @@ def test_a_saved_probe_says_what_it_said(store, labels, tmp_path):
     assert header["task"] == "tagging"
     assert probe.facts.names == tuple(f"class {k}" for k in range(K))
     assert json.loads((tmp_path / "results.json").read_text())[0]["metrics"]["mAP"] == result.metrics["mAP"]
+
+
+def test_a_probe_with_text_embeddings_needs_their_file_no_more(store, labels, tmp_path):
+    texts = np.random.default_rng(0).normal(size=(K, 6)).astype(np.float32)
+    np.save(tmp_path / "texts.npy", texts)
+    settings = {"layer": 1, "step": 749, "text_embeddings": tmp_path / "texts.npy"} | SMALL
+    (result,) = train(TAGGING, store, labels, out=tmp_path / "out", **settings)
+    (tmp_path / "texts.npy").unlink()
+    file = tmp_path / "out" / "probe-000.safetensors"
+    assert evaluate(file, store, labels) == pytest.approx(result.metrics)
+    assert torch.equal(load_probe(file, {"tagging": TAGGING})[0].facts.text, torch.from_numpy(texts))
+
+
+def test_a_compiled_probe_ends_where_the_plain_one_does(store, labels, monkeypatch):
+    """Traced and differentiated by torch.compile; its code generator, which takes a minute here, is left out."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: real(module, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    settings = {"layer": 1, "step": 749} | SMALL | {"dropout": 0.0, "decoder_dropout": 0.0, "epochs": 1}
+    plain, compiled = (train(TAGGING, store, labels, compiled=how, **settings)[0] for how in (False, True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert numbers(compiled) == pytest.approx(numbers(plain), rel=1e-3, abs=1e-4)
 
 
 # -- stopping -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ The classes are those the labels count pixels of, however many and whatever they
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class TagFacts:
 
     names: tuple[str, ...]  # [K] classes
     rates: tuple[float, ...]  # [K], share of the training clips in which each class is there
+    text: Tensor | None = field(default=None, compare=False)  # float32 [K, any], embeddings of the names
 
 
 def tag_facts(labels: Labels, ids: Sequence[str], config: ProbeConfig) -> TagFacts:
@@ -64,11 +65,13 @@ def tag_facts(labels: Labels, ids: Sequence[str], config: ProbeConfig) -> TagFac
         raise ValueError(f"rates in {source} must be [{len(names)}] shares of 1, got {rates.dtype} {list(rates.shape)}")
     if not rates.any():
         raise ValueError(f"none of the {len(names)} classes is there in {source}: tagging has nothing to learn")
-    return TagFacts(names, tuple(rates.astype(float).tolist()))
+    path = options["text_embeddings"]
+    text = None if path is None else read_text_embeddings(path, len(names))
+    return TagFacts(names, tuple(rates.astype(float).tolist()), text)
 
 
 def tag_head(width: int, config: ProbeConfig, facts: TagFacts) -> TagDecoder:
-    options, path = config.options, config.options["text_embeddings"]
+    options = config.options
     return TagDecoder(
         width,
         len(facts.names),
@@ -76,7 +79,7 @@ def tag_head(width: int, config: ProbeConfig, facts: TagFacts) -> TagDecoder:
         layers=options["decoder_layers"],
         heads=options["decoder_heads"],
         dropout=options["decoder_dropout"],
-        embeddings=None if path is None else read_text_embeddings(path, len(facts.names)),
+        embeddings=facts.text,
     )
 
 
