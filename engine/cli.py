@@ -44,6 +44,8 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
         "WHERE",
         "blocks that do not fit: host (memory; each comes to the device while it runs) or spread (GPUs)",
     ),
+    "attention": ("NAME", "auto (torch's choice), or one exact kernel: math, flash, efficient, cudnn, flash3, flash4"),
+    "precision": ("NAME", "full, or fp8: the blocks' linear layers on a GPU that has it; changes values"),
     "shard": ("I/N", "every N-th clip from the I-th, from 0"),
     "limit": ("N", "only the first N clips of the listing"),
 }
@@ -74,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"engine: stopped: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
+        if type(error).__name__ == "Refused":
+            print(f"engine: error: {error}", file=sys.stderr)
+            return 2
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch to say so
             raise
         print(f"engine: stopped: the model does not fit: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -96,6 +101,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("clips", nargs="?", help="folder of videos or of image folders, one clip, or a list file")
     for word, (placeholder, about) in EXTRACT_WORDS.items():
         sub.add_argument(f"--{word.replace('_', '-')}", metavar=placeholder, help=about)
+    sub.add_argument(
+        "--compile",
+        nargs="?",
+        const="blocks",
+        metavar="HOW",
+        help="compile the blocks, once per shape; graphs: and record CUDA graphs",
+    )
     sub.add_argument("--merge-steps", action="store_true", default=None, help="store the mean over steps, not each")
     sub.add_argument("--prompt", metavar="TEXT", help="short for --option prompt=TEXT")
     sub.add_argument("--size", metavar="HxW", help="short for --option size=HxW: pixels of the model's input")
@@ -121,6 +133,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("store")
     sub = command("verify", verify, "re-read a whole store and report every damaged file")
     sub.add_argument("store")
+    sub = command("compare", compare, "how far the features of a store are from another's, the reference, by layer")
+    sub.add_argument("reference", help="store")
+    sub.add_argument("store", help="another of the same clips and model")
+    sub.add_argument("--json", metavar="FILE", help="write the figures there too")
+    sub.add_argument("--max-relative", metavar="X", help="exit with 1 if a layer's relative L2 error is above it")
     sub = command("export", export, "write a store as the files of the published research code")
     sub.add_argument("store")
     sub.add_argument("dump", help="folder to write <model>/<split>/<clip>/feature_*.sft into")
@@ -268,6 +285,31 @@ def verify(args: argparse.Namespace) -> int:
     if problems:
         print("to mend them: delete these files and run the same extract again")
     return 1 if problems else 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from spatialprobe.engine.compare import compare_lines, compare_stores
+    from spatialprobe.engine.job import share
+    from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.store import FeatureStore
+
+    limit = None if args.max_relative is None else share("max-relative", args.max_relative)
+    file = None if args.json is None else Path(args.json)
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"json must be a file in a folder that is there, got {file}")
+    a, b = FeatureStore.open(args.reference), FeatureStore.open(args.store)
+    with bar(total=None, unit="clip") as progress:
+        found = compare_stores(a, b, progress=progress.update)
+    for line in compare_lines(found):
+        print(line)
+    if file is not None:
+        file.write_text(found.to_json() + "\n")
+    if limit is None or found.within(limit):
+        return 0
+    print(f"engine: not within a relative L2 of {limit:g}", file=sys.stderr)
+    return 1
 
 
 def export(args: argparse.Namespace) -> int:

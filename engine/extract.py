@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter, Inputs, plan_clip
+from spatialprobe.engine.compiled import CompileTimes, full_batch, new_pass
 from spatialprobe.engine.decode import load_clip
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.queues import BatchSize, Behind, ahead
@@ -68,7 +69,10 @@ def extract(
     outcomes = Outcomes(Report(asked=len(refs), present=len(refs) - len(todo)), store, progress)
     taps = Taps(adapter.blocks, spec.layers)
     loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
-    on_device = lambda clips: run_batch(clips, adapter, spec, taps, host, clock)  # noqa: E731
+    on_device = lambda clips: run_batch(  # noqa: E731
+        full_batch(clips, size.now, spec.compile), adapter, spec, taps, host, clock
+    )
+    compiling = CompileTimes(spec.compile)
     writes = Behind(writing, 2 * writers, outcomes.settle_write)
     try:
         arriving = ahead(loading, lambda ref: prepare(ref, adapter, spec, clock), todo, loaders + size.now)
@@ -92,8 +96,9 @@ def extract(
         loading.shutdown(cancel_futures=True)
         writing.shutdown()
         taps.remove()
+        compiling.stop()
     report = outcomes.report
-    report.batch_size, report.timing = size.now, clock.summary()
+    report.batch_size, report.timing = size.now, compiling.told_apart(clock)
     settled = report.present + report.written + report.failed + report.skipped
     assert settled == report.asked or report.interrupted or report.stopped, f"{report.asked - settled} clips were lost"
     return report
@@ -191,6 +196,7 @@ def run_batch(
         with clock.host("noise"):
             noise = batch_noise([clip.ref.id for clip in clips], adapter.noise_shape(plan), spec.seed, step, device)
         with clock.on_device("blocks"), taps.into(receive, plan.passes):
+            new_pass(spec.compile)
             adapter.forward(state, step, noise)
     out.copied = host.event()
     return out

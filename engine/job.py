@@ -1,5 +1,6 @@
 """A job: what a user asked for, with every default filled in and every word checked before any work begins."""
 
+import math
 import os
 import tomllib
 from dataclasses import dataclass, field, fields
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
+from spatialprobe.engine.attention import resolve_attention
 from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.compiled import check_compile
 from spatialprobe.engine.placement import OFFLOAD
+from spatialprobe.engine.precision import check_precision
 from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, FrameSelection
 
@@ -49,6 +53,9 @@ class Job:
     writers: int = 2
     device: str | None = None
     offload: str = "none"  # or where blocks lie that do not fit on the device: "host", "spread"
+    compile: str = "none"  # or "blocks", "graphs"
+    attention: str = "auto"  # or a kernel by name
+    precision: str = "full"  # or "fp8"
     shard: str | None = None  # "i/n", i from 0
     limit: int | None = None
 
@@ -81,6 +88,17 @@ def number(name: str, value: Any, least: int = 0) -> int:
     if isinstance(value, bool) or not str(value).isdigit() or int(value) < least:
         raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
     return int(value)
+
+
+def share(name: str, value: Any) -> float:
+    """A number from 0 on."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a number from 0, got {value!r}")
+    return number
 
 
 def positive(name: str, value: Any) -> int:
@@ -173,6 +191,8 @@ def resolve(job: Job) -> Resolved:
     defaults, cls = FAMILIES[family], adapter_class(family)
     device = device_of(job.device)
     options, compute_dtype = _compute(job, cls, preset, device)
+    check_compile(job.compile, device, job.offload)
+    check_precision(job.precision, device, compute_dtype, job.offload)
     try:
         adapter = cls(checkpoint, options)
     except KeyError as error:
@@ -197,6 +217,9 @@ def resolve(job: Job) -> Resolved:
         compute_dtype=compute_dtype,
         device=device.type,
         offload=_offload(job, device),
+        compile=job.compile,
+        attention=resolve_attention(job.attention, device, COMPUTE_DTYPES[compute_dtype]),
+        precision=job.precision,
         options={k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
         versions={name: version(name) for name in ("spatialprobe", "torch", "pillow", "av", *cls.LIBRARIES)},
     )

@@ -54,6 +54,11 @@ def summary(report: Report, root: Path) -> str:
             f"{timing['seconds']:.1f} s, {rate:.2f} clips/s, device busy {timing['busy']:.0%}, "
             f"peak memory {peak:.2f} GB, batch {report.batch_size}"
         )
+        if "compile" in timing:
+            lines.append(
+                "compiled {programs} programs in {seconds:.1f} s, {recompiled} of them again for other shapes or "
+                "blocks, {from_cache} from disk".format(**timing["compile"])
+            )
         for name, stage in timing["stages"].items():
             gb = f"{stage['gb_per_s']:8.2f} GB/s" if "gb_per_s" in stage else ""
             lines.append(f"  {name:<17}{stage['seconds']:9.2f} s{gb}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from spatialprobe.engine.blocks import set_up_blocks
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
@@ -32,6 +33,7 @@ class Run:
     refs: list[ClipRef]
     store: FeatureStore
     missing: int  # clips of `refs` that the store lacks
+    blocks: dict  # what `set_up_blocks` found, if the model was loaded
 
     def extract(self) -> Report:
         """Extracts the missing clips, with a line per clip in `log.jsonl` and the report in `run.json`."""
@@ -51,7 +53,7 @@ class Run:
             report = Report(asked=len(self.refs), present=len(self.refs))
         shard = f"-{self.job.shard.replace('/', 'of')}" if self.job.shard else ""
         record = {"started": started.isoformat(timespec="seconds"), "spec": self.store.spec_hash}
-        record |= {"job": asdict(self.job)} | asdict(report)
+        record |= {"job": asdict(self.job), "blocks": self.blocks} | asdict(report)
         try:
             self.store.write_record(f"run{shard}.json", json.dumps(record, indent=1))
         except StoreFull as error:
@@ -75,26 +77,31 @@ def open_run(job: Job, *, retry_failed: bool = False) -> Run:
         done = set(there.ids())
         failed = there.failures()
         refs = [ref for ref in refs if ref.id in failed] if retry_failed else refs
-    missing = sum(ref.id not in done for ref in refs)
+    missing, blocks = sum(ref.id not in done for ref in refs), {}
     if missing:
         if resolved.device.type == "cuda":
             torch.cuda.set_device(resolved.device)  # streams and events are made on the current device
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-        load(resolved, out / "cache")
+        blocks = load(resolved, out / "cache")
     store = FeatureStore.create(out, resolved.spec, resolved.about)  # after loading: bad weights leave no store behind
-    return Run(job, resolved, refs, store, missing)
+    return Run(job, resolved, refs, store, missing, blocks)
 
 
-def load(resolved: Resolved, cache: Path) -> None:
-    """Loads a job's model to where its offload says. Raises ValueError for weights that cannot fit."""
-    adapter, device, offload = resolved.adapter, resolved.device, resolved.spec.offload
-    dtype = COMPUTE_DTYPES[resolved.spec.compute_dtype]
+def load(resolved: Resolved, cache: Path) -> dict:
+    """Loads a job's model to where its offload says, and sets up its blocks: returns what `set_up_blocks` found.
+
+    Raises ValueError for weights that cannot fit.
+    """
+    adapter, device, spec = resolved.adapter, resolved.device, resolved.spec
+    offload = spec.offload
+    dtype = COMPUTE_DTYPES[spec.compute_dtype]
     check_fits(adapter, resolved.depth, dtype, device, offload)
     if offload == "none":
         adapter.load(resolved.depth, device, dtype, cache)
     else:
         adapter.load(resolved.depth, torch.device("cpu"), dtype, cache)
         place(adapter, device, offload)
+    return set_up_blocks(adapter.blocks, precision=spec.precision, attention=spec.attention, compile=spec.compile)
 
 
 def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureStore]:

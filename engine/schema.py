@@ -71,10 +71,13 @@ class Spec(Protocol):
 
 def differences(there: Spec, asked: Spec) -> list[str]:
     """One line for each field in which two specs differ, with dotted names: "frames.window: 81 there, 49 asked"."""
-    a, b = (dict(_flat(json.loads(spec.to_json()))) for spec in (there, asked))
-    return [
-        f"{k}: {a.get(k, 'nothing')} there, {b.get(k, 'nothing')} asked" for k in sorted(a | b) if a.get(k) != b.get(k)
-    ]
+    return [f"{name}: {a} there, {b} asked" for name, (a, b) in differing(there, asked).items()]
+
+
+def differing(a: Spec, b: Spec) -> dict[str, tuple[str, str]]:
+    """Fields in which two specs differ, with dotted names -> JSON of both; "nothing" for one that a spec lacks."""
+    x, y = (dict(_flat(json.loads(spec.to_json()))) for spec in (a, b))
+    return {k: (x.get(k, "nothing"), y.get(k, "nothing")) for k in sorted(x | y) if x.get(k) != y.get(k)}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -20,6 +20,10 @@ STORE_DTYPES = {
 }
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+COMPILE = ("none", "blocks", "graphs")  # torch.compile of each block; graphs: CUDA graphs too
+ATTENTION = ("sdpa", "math", "flash", "efficient", "cudnn", "flash3", "flash4")  # sdpa: whichever torch picks
+PRECISION = ("full", "fp8")  # of the blocks' linear layers; full: the compute dtype
+
 Short = Literal["pad", "error", "skip"]
 
 
@@ -29,6 +33,10 @@ class ClipError(ValueError):
 
 class ShortClip(ClipError):
     """The clip has fewer frames than its window, and `short` forbids padding."""
+
+
+class Refused(RuntimeError):
+    """The model cannot be run in the way that was asked for. The message is one line that says why."""
 
 
 def check_clip_id(clip_id: str) -> str:
@@ -152,6 +160,9 @@ class FeatureSpec:
     compute_dtype: str = "bfloat16"  # key of COMPUTE_DTYPES
     device: str = "cuda"  # device type; kernels differ in the last bits
     offload: str = "none"  # "host", "spread": the prompt is then embedded on the CPU
+    compile: str = "none"  # of COMPILE; compiled blocks round otherwise
+    attention: str = "sdpa"  # of ATTENTION, in the blocks
+    precision: str = "full"  # of PRECISION
     options: dict[str, Any] = field(default_factory=dict, hash=False)  # the family's own: prompt, size, tiling ...
     versions: dict[str, str] = field(default_factory=dict, hash=False)  # libraries whose release changes values
 
@@ -164,6 +175,9 @@ class FeatureSpec:
         for name, value, table in (
             ("dtype", self.dtype, STORE_DTYPES),
             ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES),
+            ("compile", self.compile, COMPILE),
+            ("attention", self.attention, ATTENTION),
+            ("precision", self.precision, PRECISION),
         ):
             if value not in table:
                 raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
