@@ -223,7 +223,7 @@ def test_parity_is_the_studys_choices(words, clips_path, wan_path, qwen_path):
     qwen = resolve(Job.from_words({"clips": str(clips_path), "model": str(qwen_path), "out": "x", "layers": "hs3",
                                    "compute": "parity"})).spec  # fmt: skip
     assert (qwen.compute_dtype, qwen.layers, qwen.steps) == ("bfloat16", (2,), ())
-    assert qwen.options == {"size": [540, 960], "prompt": "Describe this video."}
+    assert qwen.options == {"size": [540, 960], "prompt": "Describe this video.", "tap": "decoder"}
     from spatialprobe.engine.types import parse_query
 
     assert parse_query(qwen.frames.query, 81) == (0, *range(1, 76, 4))
@@ -297,7 +297,7 @@ def test_presets_and_devices_set_the_defaults(clips_path, wan_path, monkeypatch)
 
     preset = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], repo=str(wan_path), layers={"geometry": 2, "tagging": 1})
     monkeypatch.setitem(PRESETS, "tiny", preset)
-    monkeypatch.setattr(job_module, "_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(job_module, "device_of", lambda name: torch.device("cuda:0"))
     words = {"clips": str(clips_path), "model": "tiny", "out": "x", "batch": 3}
     resolved = resolve(Job.from_words(words))
     assert (resolved.spec.layers, resolved.spec.pool, resolved.depth) == ((1, 2), (15, 26), 3)
