@@ -40,6 +40,7 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
     "loaders": ("N", "threads that decode and resize"),
     "writers": ("N", "threads that write"),
     "device": ("NAME", "cpu, cuda, cuda:1"),
+    "devices": ("NAMES", "all, or a list like cuda:0,cuda:1: a worker process on each, which share the clips"),
     "offload": (
         "WHERE",
         "blocks that do not fit: host (memory; each comes to the device while it runs) or spread (GPUs)",
@@ -176,12 +177,31 @@ def extract(args: argparse.Namespace) -> int:
         for line in plan_lines(job):
             print(line)
         return 0
+    job = for_this_process(job)
+    if job.devices:
+        from spatialprobe.engine.workers import run_workers
+
+        return print_report(*run_workers(job, retry_failed=args.retry_failed), args.words)
     run = open_run(job, retry_failed=args.retry_failed)
     try:
         report = run.extract()
     except ValueError as error:  # the arguments were good: this is a bug, and its traceback is wanted
         raise RuntimeError("extraction failed") from error
     return print_report(report, run.store.root, args.words)
+
+
+def for_this_process(job: "Job") -> "Job":
+    """The job with the shard and device that a launcher's variables give it, where the user gave none."""
+    from dataclasses import replace
+
+    from spatialprobe.engine.ranks import words_for
+
+    if job.device and job.devices:
+        raise ValueError(f"device and devices exclude each other, got {job.device} and {job.devices}")
+    words = words_for(os.environ, job)
+    for name, (value, why) in words.items():
+        print(f"engine: {name} {value}, from {why}", file=sys.stderr)
+    return replace(job, **{name: value for name, (value, _) in words.items()})
 
 
 def targets(args: argparse.Namespace) -> int:

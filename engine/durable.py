@@ -7,6 +7,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,45 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
+class _FolderSync:
+    """Of threads that want one folder synced, one does it for all that came before it began."""
+
+    def __init__(self):
+        self.lock, self.counting, self.wanted, self.done = threading.Lock(), threading.Lock(), 0, 0
+
+
+_folder_syncs: "weakref.WeakValueDictionary[str, _FolderSync]" = weakref.WeakValueDictionary()
+_folder_syncs_lock = threading.Lock()
+
+
+def _forget_folder_syncs() -> None:
+    """In a forked child: a thread that it has not got may have held a lock."""
+    global _folder_syncs, _folder_syncs_lock
+    _folder_syncs, _folder_syncs_lock = weakref.WeakValueDictionary(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_folder_syncs)
+
+
 def sync_folder(path: Path) -> None:
+    """Returns once all that was in the folder at the call is on the disk. Threads share the waiting for it."""
+    with _folder_syncs_lock:
+        shared = _folder_syncs.get(str(path))
+        if shared is None:
+            shared = _folder_syncs[str(path)] = _FolderSync()
+    with shared.counting:
+        shared.wanted += 1
+        mine = shared.wanted
+    with shared.lock:
+        if shared.done >= mine:
+            return
+        with shared.counting:
+            covered = shared.wanted
+        _sync_folder(path)
+        shared.done = covered
+
+
+def _sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -17,7 +17,8 @@ from spatialprobe.engine.compiled import CompileTimes, full_batch, new_pass
 from spatialprobe.engine.decode import load_clip
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.queues import BatchSize, Behind, ahead
-from spatialprobe.engine.report import Outcomes, Progress, Report
+from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
+from spatialprobe.engine.sharing import Alone, Sharing
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.timing import Clock
@@ -53,10 +54,11 @@ def extract(
     *,
     batch_size: int | str = 1,  # or "auto": the family's AUTO_BATCH, halved when the device's memory runs out
     loaders: int = 2,
-    writers: int = 2,
+    writers: int = 4,  # most of their time they wait for the disk, and together for one commit
     progress: Progress = lambda clip_id, outcome, reason: None,
+    sharing: Sharing | Alone = Alone(),  # noqa: B008, it has no state
 ) -> Report:
-    """Extracts every clip of `refs` that `store` lacks.
+    """Extracts every clip of `refs` that `store` lacks, and that no other process of `sharing` does.
 
     A clip that cannot be extracted is recorded in the store's `failed.jsonl`, and the run goes on. A full disk or too
     little memory ends it, with what was done in the report. Features are the same bits whatever the order only with a
@@ -66,7 +68,8 @@ def extract(
     clock, host, size = Clock(device), HostCopies(device), BatchSize(batch_size, adapter.AUTO_BATCH)
     done = set(store.ids())
     todo = [ref for ref in refs if ref.id not in done]
-    outcomes = Outcomes(Report(asked=len(refs), present=len(refs) - len(todo)), store, progress)
+    report = Report(asked=len(refs), present=len(refs) - len(todo))
+    outcomes = Outcomes(report, store, progress, sharing.release, sharing.again)
     taps = Taps(adapter.blocks, spec.layers)
     loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
     on_device = lambda clips: run_batch(  # noqa: E731
@@ -75,31 +78,31 @@ def extract(
     compiling = CompileTimes(spec.compile)
     writes = Behind(writing, 2 * writers, outcomes.settle_write)
     try:
-        arriving = ahead(loading, lambda ref: prepare(ref, adapter, spec, clock), todo, loaders + size.now)
-        arriving = clock.waiting("wait for loaders", arriving)
-        readable = only_prepared(arriving, outcomes)
-        for batch in size.groups(readable, key=lambda clip: clip.plan):
-            for clips, features in size.fitting(batch, on_device):
-                for b, clip in enumerate(clips):
-                    clip.inputs = None  # a window of pixels: not to be kept until the write is through
-                    writes.put(clip.ref, write, b, clip, features, store, clock)
-                with clock.host("wait for writers"):
-                    writes.wait()
-        writes.wait(0)
+        for turn in sharing.turns(todo, outcomes):
+            arriving = ahead(loading, lambda ref: prepare(ref, adapter, spec, clock), turn, loaders + size.now)
+            arriving = clock.waiting("wait for loaders", arriving)
+            readable = only_prepared(arriving, outcomes)
+            for batch in size.groups(readable, key=lambda clip: clip.plan):
+                for clips, features in size.fitting(batch, on_device):
+                    for b, clip in enumerate(clips):
+                        clip.inputs = None  # a window of pixels: not to be kept until the write is through
+                        writes.put(clip.ref, write, b, clip, features, store, clock, sharing)
+                    with clock.host("wait for writers"):
+                        writes.wait()
+            writes.wait(0)
     except KeyboardInterrupt:
-        outcomes.report.interrupted = True
+        report.interrupted = True
         writes.wait(0)
     except (StoreFull, MemoryError) as error:
-        outcomes.report.stopped = str(error)
+        report.stopped = str(error)
         writes.settle_rest()
     finally:
         loading.shutdown(cancel_futures=True)
         writing.shutdown()
         taps.remove()
         compiling.stop()
-    report = outcomes.report
     report.batch_size, report.timing = size.now, compiling.told_apart(clock)
-    settled = report.present + report.written + report.failed + report.skipped
+    settled = report.present + report.written + report.elsewhere + report.failed + report.skipped
     assert settled == report.asked or report.interrupted or report.stopped, f"{report.asked - settled} clips were lost"
     return report
 
@@ -253,7 +256,14 @@ class HostCopies:
 # -- writer threads -------------------------------------------------------------------------------------------------
 
 
-def write(b: int, prepared: Prepared, features: BatchFeatures, store: FeatureStore, clock: Clock) -> None:
+def write(
+    b: int,
+    prepared: Prepared,
+    features: BatchFeatures,
+    store: FeatureStore,
+    clock: Clock,
+    sharing: Sharing | Alone,
+) -> None:
     """Checks and stores clip `b` of a batch. Raises ClipError for features that must not be stored."""
     if features.copied is not None:
         features.copied.synchronize()
@@ -267,6 +277,8 @@ def write(b: int, prepared: Prepared, features: BatchFeatures, store: FeatureSto
         tensors |= finished.map(lambda x: x[b]).named(name)
     position = {row: i for i, row in enumerate(prepared.rows)}
     rows = torch.tensor([position.get(row, -1) for row in prepared.plan.rows])
+    if not sharing.holds(prepared.ref.id):
+        raise TakenOver(prepared.ref.id)
     with clock.host("write"):
         nbytes = store.write(prepared.ref.id, tensors, rows, prepared.provenance | {"batch": features.batch})
     clock.add("write", nbytes=nbytes)

@@ -50,8 +50,9 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)  # the family's own: size, prompt, ...
     batch: int | str = "auto"  # clips per batch on a GPU; auto halves when memory runs out
     loaders: int | None = None  # threads that decode and resize; default: 2 on the CPU, for a GPU all cores up to 16
-    writers: int = 2
+    writers: int = 4
     device: str | None = None
+    devices: str | None = None  # instead: "all", or one worker process on each of "cuda:0,cuda:1"
     offload: str = "none"  # or where blocks lie that do not fit on the device: "host", "spread"
     compile: str = "none"  # or "blocks", "graphs"
     attention: str = "auto"  # or a kernel by name

@@ -8,27 +8,33 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spatialprobe.engine.report import Report
+from spatialprobe.engine.durable import room_for
+from spatialprobe.engine.report import Progress, Report
 from spatialprobe.engine.store import FeatureStore
 
 
-def bar(total: int | None, unit: str) -> tqdm:
+def bar(total: int | None, unit: str, *, shown: bool = True) -> tqdm:
     """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(total=total, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    return tqdm(total=total, unit=unit, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True)
 
 
 class RunLog:
     """One JSON line per clip as it is settled, and the bar beside it with clips/s, time left and failures."""
 
-    def __init__(self, path: Path, total: int):
-        self._file = path.open("a", buffering=1)
-        self._bar = bar(total, "clip")
+    def __init__(self, path: Path, total: int, *, shown: bool = True, tell: Progress = lambda *outcome: None):
+        self._file = path.open("ab", buffering=0)
+        self._bar = bar(total, "clip", shown=shown)
+        self._tell = tell
         self._failed = 0
 
     def clip(self, clip_id: str, outcome: str, reason: str) -> None:
-        line = {"time": round(time.time(), 3), "id": clip_id, "outcome": outcome, "reason": reason}
-        self._file.write(json.dumps(line) + "\n")
-        self._failed += outcome == "failed"
+        if not outcome.endswith("elsewhere"):  # the process that did it writes it down
+            line = {"time": round(time.time(), 3), "id": clip_id, "outcome": outcome, "reason": reason}
+            data = json.dumps(line).encode() + b"\n"
+            with room_for(Path(self._file.name), len(data)):
+                self._file.write(data)
+        self._tell(clip_id, outcome, reason)
+        self._failed += outcome.startswith("failed")
         self._bar.set_postfix(failed=self._failed, refresh=False)
         self._bar.update()
 
@@ -45,6 +51,7 @@ def summary(report: Report, root: Path) -> str:
     lines = [
         f"{root}: {report.written} written, {report.present} there before, {report.failed} failed, "
         f"{report.skipped} skipped of {report.asked} clips"
+        + (f", {report.elsewhere} written by other processes meanwhile" if report.elsewhere else "")
     ]
     timing = report.timing
     if timing:

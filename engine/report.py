@@ -15,6 +15,7 @@ class Report:
     asked: int  # clips of the listing, after shard and limit
     present: int  # of these, in the store before the run
     written: int = 0
+    elsewhere: int = 0  # written by other processes meanwhile
     failed: int = 0
     skipped: int = 0  # shorter than their window, with short="skip"
     batch_size: int = 0  # after halving, if memory ran out
@@ -24,7 +25,12 @@ class Report:
     timing: dict = field(default_factory=dict)  # Clock.summary()
 
 
-Progress = Callable[[str, str, str], None]  # (clip id, "written" | "failed" | "skipped", reason)
+# (clip id, "written" | "failed" | "skipped", with " elsewhere" if another process did it, reason)
+Progress = Callable[[str, str, str], None]
+
+
+class TakenOver(Exception):
+    """Another process has taken a clip over, because this one seemed to be gone."""
 
 
 @dataclass
@@ -34,6 +40,8 @@ class Outcomes:
     report: Report
     store: FeatureStore
     progress: Progress
+    release: Callable[[str], None] = lambda clip_id: None  # of a clip's lease, once it is settled
+    again: Callable[[ClipRef], None] | None = None  # looks later at a clip that was taken over
 
     def unreadable(self, ref: ClipRef, stage: str, error: ClipError) -> None:
         """Settles a clip that will never reach the device."""
@@ -48,16 +56,30 @@ class Outcomes:
             future.result()
         except ClipError as error:
             self.failed(ref, "features", str(error))
+        except TakenOver:
+            self.again(ref)
         else:
             self.report.written += 1
-            self.progress(ref.id, "written", "")
+            self._settled(ref, "written", "")
 
     def skipped(self, ref: ClipRef, reason: str) -> None:
         self.report.skipped += 1
-        self.progress(ref.id, "skipped", reason)
+        self._settled(ref, "skipped", reason)
 
     def failed(self, ref: ClipRef, stage: str, reason: str) -> None:
         self.report.failed += 1
         self.report.failures[ref.id] = f"{stage}: {reason}"
         self.store.record_failure(ref.id, stage, reason)
-        self.progress(ref.id, "failed", reason)
+        self._settled(ref, "failed", reason)
+
+    def elsewhere(self, ref: ClipRef, outcome: str, reason: str) -> None:
+        """Counts a clip that another process settled. What failed there has failed here too."""
+        if outcome == "failed":
+            self.report.failures[ref.id] = reason
+        name = "elsewhere" if outcome == "written" else outcome
+        setattr(self.report, name, getattr(self.report, name) + 1)
+        self.progress(ref.id, f"{outcome} elsewhere", reason)
+
+    def _settled(self, ref: ClipRef, outcome: str, reason: str) -> None:
+        self.progress(ref.id, outcome, reason)  # with its line in the log, before others can take it
+        self.release(ref.id)

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
 from spatialprobe.engine.placement import check_fits, place
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.report import Report
+from spatialprobe.engine.sharing import Sharing
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
@@ -40,7 +42,17 @@ class Run:
         started = datetime.now(UTC)
         if self.missing:
             with RunLog(self.store.root / "log.jsonl", total=self.missing) as log:
-                report = extract(
+                report = self.share(log)
+        else:
+            report = Report(asked=len(self.refs), present=len(self.refs))
+        write_report(self.store, self.job, started, {"blocks": self.blocks}, report)
+        return report
+
+    def share(self, log: RunLog, **of_sharing: Any) -> Report:
+        """Extracts what no other process on this store does. `of_sharing` goes to `Sharing`."""
+        try:
+            with Sharing(self.store, **of_sharing) as sharing:
+                return extract(
                     self.refs,
                     self.resolved.adapter,
                     self.store,
@@ -48,24 +60,30 @@ class Run:
                     loaders=self.resolved.loaders,
                     writers=self.job.writers,
                     progress=log.clip,
+                    sharing=sharing,
                 )
-        else:
-            report = Report(asked=len(self.refs), present=len(self.refs))
-        shard = f"-{self.job.shard.replace('/', 'of')}" if self.job.shard else ""
-        record = {"started": started.isoformat(timespec="seconds"), "spec": self.store.spec_hash}
-        record |= {"job": asdict(self.job), "blocks": self.blocks} | asdict(report)
-        try:
-            self.store.write_record(f"run{shard}.json", json.dumps(record, indent=1))
-        except StoreFull as error:
-            report.stopped = report.stopped or str(error)
-        return report
+        except StoreFull as error:  # not even room to say who works on what
+            return Report(len(self.refs), len(self.refs) - self.missing, stopped=str(error))
 
 
-def open_run(job: Job, *, retry_failed: bool = False) -> Run:
-    """Checks a job against the model, the clips and the store, and loads the model.
+def write_report(store: FeatureStore, job: Job, started: datetime, parts: dict, report: Report) -> None:
+    """Writes `run.json`, of a shard `run-0of4.json`. A full disk is noted in the report."""
+    shard = f"-{job.shard.replace('/', 'of')}" if job.shard else ""
+    record = {"started": started.isoformat(timespec="seconds"), "spec": store.spec_hash}
+    record |= {"job": asdict(job)} | parts | asdict(report)
+    try:
+        store.write_record(f"run{shard}.json", json.dumps(record, indent=1))
+    except StoreFull as error:
+        report.stopped = report.stopped or str(error)
 
-    Raises ValueError for a job that cannot be done, before the store is made.
+
+def survey(job: Job, *, retry_failed: bool = False) -> tuple[Resolved, list[ClipRef], list[ClipRef]]:
+    """Checks a job against the model, the clips and the store: the job resolved, its clips, and those missing.
+
+    Raises ValueError for a job that cannot be done. Loads and writes nothing.
     """
+    if job.devices:
+        raise ValueError(f"devices {job.devices} are for `run_workers`: one process works on one device")
     resolved, refs, out = resolve(job), job_clips(job), Path(job.out)
     is_store = (out / "spec.json").exists()
     if retry_failed and not is_store:
@@ -77,7 +95,16 @@ def open_run(job: Job, *, retry_failed: bool = False) -> Run:
         done = set(there.ids())
         failed = there.failures()
         refs = [ref for ref in refs if ref.id in failed] if retry_failed else refs
-    missing, blocks = sum(ref.id not in done for ref in refs), {}
+    return resolved, refs, [ref for ref in refs if ref.id not in done]
+
+
+def open_run(job: Job, *, retry_failed: bool = False) -> Run:
+    """Checks a job, loads the model and opens the store.
+
+    Raises ValueError for a job that cannot be done, before the store is made.
+    """
+    resolved, refs, todo = survey(job, retry_failed=retry_failed)
+    out, missing, blocks = Path(job.out), len(todo), {}
     if missing:
         if resolved.device.type == "cuda":
             torch.cuda.set_device(resolved.device)  # streams and events are made on the current device

@@ -157,8 +157,9 @@ class FeatureStore:
             try:
                 size = write_file(temp, tensors, provenance | {"clip": clip_id, "spec": self.spec_hash})
                 publish(temp, final)
-            finally:
+            except BaseException:
                 temp.unlink(missing_ok=True)
+                raise
         return size
 
     def write_record(self, name: str, text: str) -> None:
