@@ -6,6 +6,7 @@ from families import CPU, features, make_adapter, make_clip
 from torch import nn
 
 from spatialprobe.engine.adapters.wan import Wan
+from spatialprobe.engine.blocks import set_up_blocks
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.precision import (
     FP8_MAX,
@@ -118,6 +119,8 @@ def test_which_layers_are_quantised():
     for one in blocks:
         kinds = [type(m).__name__ for m in one.modules() if not list(m.children())]
         assert kinds == ["Fp8Linear", "Linear", "Linear"]
+    assert set_up_blocks([block()], precision="fp8") == {"fp8_linears": [1, 3]}  # for the run's record
+    assert set_up_blocks([block()]) == {}
     with pytest.raises(ValueError, match="precision fp8 finds none of the blocks' 2 linear layers in bfloat16"):
         quantise_linears([nn.ModuleDict({"b": nn.Linear(16, 16), "c": nn.Linear(8, 16, dtype=torch.bfloat16)})])
 
