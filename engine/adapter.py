@@ -25,6 +25,8 @@ class Adapter(ABC):
     AUTO_BATCH: ClassVar[int] = 1  # clips that fill a GPU, where batch "auto" starts
     OPTIONS: ClassVar[dict[str, Any]]  # the family's own settings with their defaults; all are fields of the spec
     PARITY: ClassVar[dict[str, Any]]  # options under which the published study made its features
+    PLANS_MEMORY: ClassVar[bool] = False  # `load` and a pass work on the meta device, where tensors have shapes alone
+    PREPARES_ON_DEVICE: ClassVar[bool] = False  # `prepare` is `images.resize` and torch alone: frames may lie anywhere
 
     num_layers: int  # blocks of the whole model
     num_steps: int  # length of the noise schedule, 0 for models without noise
@@ -49,7 +51,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
-        """Resizes and normalises. On the CPU, called from several threads at once; equal plans give equal shapes."""
+        """Resizes and normalises, where the frames are. May be called from several threads at once.
+
+        Equal plans give equal shapes.
+        """
 
     @abstractmethod
     def encode(self, inputs: Inputs, plan: Plan) -> Any:
@@ -82,6 +87,10 @@ class Adapter(ABC):
     @abstractmethod
     def check_options(self) -> None:
         """Raises ValueError for option values the model cannot take."""
+
+    def text_encoder_bytes(self, cache: Path, dtype: torch.dtype) -> int:
+        """Bytes of the text encoder's weights, if `load` has to run it: 0 once `cache` has the prompt."""
+        return 0
 
     def weight_bytes(self, depth: int, dtype: torch.dtype) -> int:
         """Bytes of the weights that `load(depth)` holds, a few percent low where parts stay float32."""

@@ -210,10 +210,13 @@ def load_weights(
 ) -> None:
     """Fills a module built on the meta device from a checkpoint, reading only the tensors the module has.
 
-    `folder` may be one safetensors file. `rename` turns a parameter's name into the checkpoint's, and says which rows
-    of that tensor it is where several parameters are stored as one. Parameters whose dotted name has a part in
-    `keep_fp32` stay float32. Raises ValueError for tensors the checkpoint lacks or that have another shape.
+    On the meta device nothing is read: the parameters get their dtypes. `folder` may be one safetensors file. `rename`
+    turns a parameter's name into the checkpoint's, and says which rows of that tensor it is where several parameters
+    are stored as one. Parameters whose dotted name has a part in `keep_fp32` stay float32. Raises ValueError for
+    tensors the checkpoint lacks or that have another shape.
     """
+    if torch.device(device).type == "meta":
+        return _as_if_loaded(module, dtype, keep_fp32)
     files = checkpoint.tensor_files(folder)
     renamed = {name: rename(name) for name in module.state_dict()}
     wanted = {name: to if isinstance(to, tuple) else (to, None) for name, to in renamed.items()}
@@ -246,6 +249,15 @@ def load_weights(
     for buffer_owner in module.modules():  # buffers that are computed, not stored (rotary tables)
         for leaf, buffer in list(buffer_owner.named_buffers(recurse=False)):
             buffer_owner._buffers[leaf] = buffer.to(device)
+    module.eval()
+
+
+def _as_if_loaded(module: nn.Module, dtype: torch.dtype, keep_fp32: tuple[str, ...]) -> None:
+    """Parameters of the dtypes that loading gives them; computed buffers stay real."""
+    for name, value in list(module.named_parameters()):
+        owner, leaf = _owner(module, name)
+        keep = not value.is_floating_point() or any(part in keep_fp32 for part in name.split("."))
+        setattr(owner, leaf, nn.Parameter(value if keep else value.to(dtype), requires_grad=False))
     module.eval()
 
 

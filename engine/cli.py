@@ -39,6 +39,8 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
     "batch": ("N", "clips per batch on a GPU, or auto: halve when memory runs out; the CPU takes one at a time"),
     "loaders": ("N", "threads that decode and resize"),
     "writers": ("N", "threads that write"),
+    "resize": ("WHERE", "frames are resized on the host or the device, with the same bits (default: auto)"),
+    "latents": ("DIR", "keep what the VAE makes of clips there: other layers, steps or models of that VAE reuse it"),
     "device": ("NAME", "cpu, cuda, cuda:1"),
     "devices": ("NAMES", "all, or a list like cuda:0,cuda:1: a worker process on each, which share the clips"),
     "offload": (

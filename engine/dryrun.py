@@ -8,7 +8,7 @@ from pathlib import Path
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.decode import load_clip
 from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.run import job_clips
+from spatialprobe.engine.run import job_clips, memory_of
 from spatialprobe.engine.schema import differences
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, Plan
@@ -48,11 +48,14 @@ def plan_lines(job: Job) -> Iterator[str]:
     kept = spec.pool or plan.grid[1:]
     yield f"tokens   {'x'.join(map(str, plan.grid))}, kept {len(rows)}x{kept[0]}x{kept[1]}, {adapter.channels} channels"
     batch = adapter.AUTO_BATCH if resolved.batch == "auto" else resolved.batch
-    activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
-    yield (
-        f"memory   {_gb(weights)} weights + about {_gb(activations)} activations at batch {batch}, "
-        f"{spec.compute_dtype} on {resolved.device}" + (f", offload {spec.offload}" if spec.offload != "none" else "")
-    )
+    offload = f", offload {spec.offload}" if spec.offload != "none" else ""
+    where = f"at batch {batch}, {spec.compute_dtype} on {resolved.device}{offload}"
+    planned = memory_of(resolved, batch, Path(job.out) / "cache")
+    if planned is None:
+        activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
+        yield f"memory   {_gb(weights)} weights + about {_gb(activations)} activations {where}"
+    else:
+        yield f"memory   {planned} {where}"
     clip = clip_bytes(spec, len(rows), kept, adapter.channels)
     out = Path(job.out).absolute()
     folder = next(path for path in (out, *out.parents) if path.exists())

@@ -7,15 +7,19 @@ them are bounded, so a slow stage stalls the ones before it and memory stays fla
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.adapter import Adapter, Inputs, plan_clip
+from spatialprobe.engine import tiling
+from spatialprobe.engine.adapter import Adapter, plan_clip
+from spatialprobe.engine.bottleneck import held_back_line
 from spatialprobe.engine.compiled import CompileTimes, full_batch, new_pass
 from spatialprobe.engine.decode import load_clip
 from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.feeding import Fed, Feeder, stage
+from spatialprobe.engine.latents import LatentFolder
 from spatialprobe.engine.queues import BatchSize, Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
 from spatialprobe.engine.sharing import Alone, Sharing
@@ -33,8 +37,9 @@ class Prepared:
     ref: ClipRef
     plan: Plan
     rows: tuple[int, ...]  # of the model's T rows, those to keep
-    inputs: Inputs | None  # None once the device has them
+    fed: Fed  # what it gives to the device; emptied once the device has it
     provenance: dict
+    about: dict = field(default_factory=dict)  # what decoding found out, for the latents' file
 
 
 @dataclass
@@ -57,6 +62,8 @@ def extract(
     writers: int = 4,  # most of their time they wait for the disk, and together for one commit
     progress: Progress = lambda clip_id, outcome, reason: None,
     sharing: Sharing | Alone = Alone(),  # noqa: B008, it has no state
+    resize: str = "auto",  # see `feeding`
+    latents: LatentFolder | None = None,
 ) -> Report:
     """Extracts every clip of `refs` that `store` lacks, and that no other process of `sharing` does.
 
@@ -66,6 +73,7 @@ def extract(
     """
     spec, device = store.spec, torch.device(adapter.device)
     clock, host, size = Clock(device), HostCopies(device), BatchSize(batch_size, adapter.AUTO_BATCH)
+    feeder = Feeder(adapter, clock, resize=resize, latents=latents)
     done = set(store.ids())
     todo = [ref for ref in refs if ref.id not in done]
     report = Report(asked=len(refs), present=len(refs) - len(todo))
@@ -73,20 +81,20 @@ def extract(
     taps = Taps(adapter.blocks, spec.layers)
     loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
     on_device = lambda clips: run_batch(  # noqa: E731
-        full_batch(clips, size.now, spec.compile), adapter, spec, taps, host, clock
+        full_batch(clips, size.now, spec.compile), adapter, spec, taps, host, clock, feeder
     )
     compiling = CompileTimes(spec.compile)
     writes = Behind(writing, 2 * writers, outcomes.settle_write)
     try:
         for turn in sharing.turns(todo, outcomes):
-            arriving = ahead(loading, lambda ref: prepare(ref, adapter, spec, clock), turn, loaders + size.now)
+            arriving = ahead(loading, lambda ref: prepare(ref, adapter, spec, clock, feeder), turn, loaders + size.now)
             arriving = clock.waiting("wait for loaders", arriving)
             readable = only_prepared(arriving, outcomes)
             for batch in size.groups(readable, key=lambda clip: clip.plan):
                 for clips, features in size.fitting(batch, on_device):
                     for b, clip in enumerate(clips):
-                        clip.inputs = None  # a window of pixels: not to be kept until the write is through
-                        writes.put(clip.ref, write, b, clip, features, store, clock, sharing)
+                        clip.fed.let_go()  # of a window of pixels: not to be kept until the write is through
+                        writes.put(clip.ref, write, b, clip, features, store, clock, sharing, latents)
                     with clock.host("wait for writers"):
                         writes.wait()
             writes.wait(0)
@@ -94,7 +102,7 @@ def extract(
         report.interrupted = True
         writes.wait(0)
     except (StoreFull, MemoryError) as error:
-        report.stopped = str(error)
+        report.stopped = str(error) + (tiling.advice(adapter) if isinstance(error, MemoryError) else "")
         writes.settle_rest()
     finally:
         loading.shutdown(cancel_futures=True)
@@ -102,6 +110,9 @@ def extract(
         taps.remove()
         compiling.stop()
     report.batch_size, report.timing = size.now, compiling.told_apart(clock)
+    report.timing["held_back"] = held_back_line(report.timing, loaders=loaders, writers=writers)
+    if latents is not None:
+        report.timing["latents"] = {"read": latents.hits, "made": latents.made}
     settled = report.present + report.written + report.elsewhere + report.failed + report.skipped
     assert settled == report.asked or report.interrupted or report.stopped, f"{report.asked - settled} clips were lost"
     return report
@@ -110,8 +121,14 @@ def extract(
 # -- loader threads -------------------------------------------------------------------------------------------------
 
 
-def prepare(ref: ClipRef, adapter: Adapter, spec: FeatureSpec, clock: Clock) -> Prepared | Unreadable:
+def prepare(
+    ref: ClipRef, adapter: Adapter, spec: FeatureSpec, clock: Clock, feeder: Feeder | None = None
+) -> Prepared | Unreadable:
     """Decodes a clip and makes the model's input of it. A clip that cannot be read comes back with its error."""
+    feeder = feeder or Feeder(adapter, clock, resize="host")
+    fed, about = feeder.from_disk(ref)
+    if about is not None:
+        return _prepared(ref, *plan_clip(about["window"], adapter, spec), fed, about, adapter, spec)
     try:
         window = spec.frames.window
         shown = None if window is None else plan_clip(window, adapter, spec)[0].shown
@@ -124,21 +141,32 @@ def prepare(ref: ClipRef, adapter: Adapter, spec: FeatureSpec, clock: Clock) -> 
         plan, kept = plan_clip(clip.window, adapter, spec)
         if window is None:
             clip = replace(clip, frames=clip.frames[list(plan.shown)], index=clip.index[list(plan.shown)])
-        with clock.host("prepare"):
-            inputs = adapter.prepare(clip, plan)
+        feeder.take(fed, clip, plan)
     except (ValueError, OSError) as error:  # a window the model cannot do, or pixels its processor refuses
         return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
-    provenance = {
-        "clip": clip.id,
+    about = {
         "index": clip.index.tolist(),  # source frames the model was shown
         "padded": clip.padded,
         "source_size": list(clip.frames.shape[2:]),
+        "window": clip.window,
+    }
+    return _prepared(ref, plan, kept, fed, about, adapter, spec)
+
+
+def _prepared(
+    ref: ClipRef, plan: Plan, kept: tuple[int, ...], fed: Fed, about: dict, adapter: Adapter, spec: FeatureSpec
+) -> Prepared:
+    provenance = {
+        "clip": ref.id,
+        "index": about["index"],
+        "padded": about["padded"],
+        "source_size": about["source_size"],
         "grid": list(plan.grid),
         "rows_kept": list(kept),
         "seed": spec.seed,
         "steps": [{"step": step, **adapter.describe_clip_step(step, plan)} for step in spec.steps],
     }
-    return Prepared(ref, plan, kept, inputs, provenance)
+    return Prepared(ref, plan, kept, fed, provenance, about)
 
 
 def only_prepared(arriving: Iterable[Prepared | Unreadable], outcomes: Outcomes) -> Iterator[Prepared]:
@@ -169,6 +197,7 @@ def run_batch(
     taps: Taps,
     host: "HostCopies",
     clock: Clock,
+    feeder: Feeder | None = None,
 ) -> BatchFeatures:
     """Encodes once, then runs the blocks once per noise step, keeping only pooled rows of the wanted layers."""
     plan, device = clips[0].plan, torch.device(adapter.device)
@@ -178,12 +207,8 @@ def run_batch(
     weight = 1.0 / len(spec.steps) if spec.merge_steps else 1.0
     out = BatchFeatures(len(clips), {})
 
-    with clock.host("stage"):
-        staged = {name: stage([clip.inputs[name] for clip in clips], device) for name in clips[0].inputs}
-    with clock.on_device("upload"):
-        inputs = {name: x.to(device, non_blocking=True) for name, x in staged.items()}
-    with clock.on_device("encode"):
-        state = adapter.encode(inputs, plan)
+    feeder = feeder or Feeder(adapter, clock, resize="host")
+    state = feeder.state([clip.fed for clip in clips], plan, host.copy)
     for step in spec.steps or (None,):
 
         def receive(layer: int, tokens: Tensor, step: int | None = step) -> None:
@@ -203,15 +228,6 @@ def run_batch(
             adapter.forward(state, step, noise)
     out.copied = host.event()
     return out
-
-
-def stage(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The tensors as one, in memory that the device can fetch by itself."""
-    if device.type != "cuda":
-        return torch.stack(tensors)
-    shape = (len(tensors), *tensors[0].shape)
-    pinned = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)  # a caching allocator: buffers are reused
-    return torch.stack(tensors, out=pinned)
 
 
 def batch_noise(
@@ -263,6 +279,7 @@ def write(
     store: FeatureStore,
     clock: Clock,
     sharing: Sharing | Alone,
+    latents: LatentFolder | None,
 ) -> None:
     """Checks and stores clip `b` of a batch. Raises ClipError for features that must not be stored."""
     if features.copied is not None:
@@ -279,6 +296,9 @@ def write(
     rows = torch.tensor([position.get(row, -1) for row in prepared.plan.rows])
     if not sharing.holds(prepared.ref.id):
         raise TakenOver(prepared.ref.id)
+    if latents is not None and prepared.fed.made:
+        with clock.host("write latents"):
+            latents.write(prepared.ref, prepared.fed.source, prepared.fed.made, prepared.about)
     with clock.host("write"):
         nbytes = store.write(prepared.ref.id, tensors, rows, prepared.provenance | {"batch": features.batch})
     clock.add("write", nbytes=nbytes)

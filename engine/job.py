@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from spatialprobe.engine import tiling
 from spatialprobe.engine.adapter import Adapter, plan_clip
 from spatialprobe.engine.attention import resolve_attention
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.compiled import check_compile
+from spatialprobe.engine.feeding import check_resize
+from spatialprobe.engine.latents import check_latents
 from spatialprobe.engine.placement import OFFLOAD
 from spatialprobe.engine.precision import check_precision
 from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family
@@ -51,6 +54,8 @@ class Job:
     batch: int | str = "auto"  # clips per batch on a GPU; auto halves when memory runs out
     loaders: int | None = None  # threads that decode and resize; default: 2 on the CPU, for a GPU all cores up to 16
     writers: int = 4
+    resize: str = "auto"  # or where: "host", "device"; the bits are the same
+    latents: str | None = None  # folder of latents that jobs share
     device: str | None = None
     devices: str | None = None  # instead: "all", or one worker process on each of "cuda:0,cuda:1"
     offload: str = "none"  # or where blocks lie that do not fit on the device: "host", "spread"
@@ -181,6 +186,7 @@ class Resolved:
     device: torch.device
     batch: int | str
     loaders: int
+    may_tile: bool  # vae_tiling was left to us: it may still be turned on before there is a store
     about: dict[str, str]  # the model as the user named it: not part of the features' identity
 
 
@@ -192,6 +198,8 @@ def resolve(job: Job) -> Resolved:
     defaults, cls = FAMILIES[family], adapter_class(family)
     device = device_of(job.device)
     options, compute_dtype = _compute(job, cls, preset, device)
+    may_tile = options.get(tiling.OPTION) == tiling.AUTO
+    options |= {tiling.OPTION: False} if may_tile else {}
     check_compile(job.compile, device, job.offload)
     check_precision(job.precision, device, compute_dtype, job.offload)
     try:
@@ -199,6 +207,9 @@ def resolve(job: Job) -> Resolved:
     except KeyError as error:
         raise ValueError(f"a config of {checkpoint.root} lacks the field {error}") from None
     adapter.check_options()
+    check_resize(job.resize, adapter)
+    if job.latents is not None:
+        check_latents(family, adapter)
     spec = FeatureSpec(
         family=family,
         weights=checkpoint.identity,
@@ -227,11 +238,14 @@ def resolve(job: Job) -> Resolved:
     adapter.steps = spec.steps
     if spec.frames.window is not None:
         plan_clip(spec.frames.window, adapter, spec)  # raises for a window, query or pool the model cannot do
+    depth = max(spec.layers) + 1
+    if may_tile and tiling.choose(adapter, spec, depth, device, Path(job.out)):
+        adapter.options[tiling.OPTION], spec, may_tile = True, tiling.chosen(spec, True), False
     about = {"model": job.model, "repo": checkpoint.repo or str(checkpoint.root), "compute": job.compute}
     # On the CPU a batch is no faster, and a clip's place in it changes the last bits of matrix products.
     batch = 1 if device.type == "cpu" else job.batch
     loaders = job.loaders or (2 if device.type == "cpu" else min(16, os.cpu_count() or 2))
-    return Resolved(spec, adapter, max(spec.layers) + 1, device, batch, loaders, about)
+    return Resolved(spec, adapter, depth, device, batch, loaders, may_tile, about)
 
 
 def _family(job: Job, preset, checkpoint: Checkpoint) -> str:
@@ -292,11 +306,16 @@ def _compute(job: Job, cls: type[Adapter], preset, device: torch.device) -> tupl
         if job.compute_dtype not in (None, "bfloat16"):
             raise ValueError(f"compute parity means compute_dtype=bfloat16, but {job.compute_dtype} was asked for")
         chosen, dtype = chosen | cls.PARITY, "bfloat16"
+    untiled = cls.OPTIONS.get(tiling.OPTION) is False and tiling.OPTION not in chosen
+    if untiled and device.type == "cuda" and cls.PLANS_MEMORY and job.window != ALL:
+        chosen[tiling.OPTION] = tiling.AUTO
     return cls.OPTIONS | (preset.options if preset else {}) | chosen, dtype
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
     """An option's value as its default's type; text of the command line is parsed."""
+    if name == tiling.OPTION and value == tiling.AUTO:
+        return value
     try:
         if isinstance(default, tuple):
             numbers = parse_size(name, value) if isinstance(value, str) else tuple(value)

@@ -56,16 +56,21 @@ def summary(report: Report, root: Path) -> str:
     timing = report.timing
     if timing:
         rate = report.written / timing["seconds"] if timing["seconds"] else 0.0
-        peak = timing["peak_memory_bytes"] / 1e9
+        peak, plan = timing["peak_memory_bytes"] / 1e9, timing.get("planned_memory_bytes")
+        planned = f" (planned {plan / 1e9:.2f} GB)" if plan else ""
         lines.append(
             f"{timing['seconds']:.1f} s, {rate:.2f} clips/s, device busy {timing['busy']:.0%}, "
-            f"peak memory {peak:.2f} GB, batch {report.batch_size}"
+            f"peak memory {peak:.2f} GB{planned}, batch {report.batch_size}"
         )
         if "compile" in timing:
             lines.append(
                 "compiled {programs} programs in {seconds:.1f} s, {recompiled} of them again for other shapes or "
                 "blocks, {from_cache} from disk".format(**timing["compile"])
             )
+        if "latents" in timing:
+            lines.append("latents of {read} clips read, of {made} made".format(**timing["latents"]))
+        if "held_back" in timing:
+            lines.append(timing["held_back"])
         for name, stage in timing["stages"].items():
             gb = f"{stage['gb_per_s']:8.2f} GB/s" if "gb_per_s" in stage else ""
             lines.append(f"  {name:<17}{stage['seconds']:9.2f} s{gb}")

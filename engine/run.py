@@ -12,12 +12,15 @@ from spatialprobe.engine.blocks import set_up_blocks
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
+from spatialprobe.engine.latents import LatentFolder
+from spatialprobe.engine.memory_plan import MemoryPlan, plan_memory
 from spatialprobe.engine.placement import check_fits, place
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.report import Report
 from spatialprobe.engine.sharing import Sharing
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
+from spatialprobe.engine.tiling import fit
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
 
 
@@ -45,8 +48,17 @@ class Run:
                 report = self.share(log)
         else:
             report = Report(asked=len(self.refs), present=len(self.refs))
+        if report.timing and self.resolved.device.type == "cuda":
+            plan = memory_of(self.resolved, report.batch_size, self.store.root / "cache")
+            report.timing |= {"planned_memory_bytes": plan.running} if plan else {}
         write_report(self.store, self.job, started, {"blocks": self.blocks}, report)
         return report
+
+    def latents(self) -> LatentFolder | None:
+        """The folder of latents that the job names."""
+        if self.job.latents is None:
+            return None
+        return LatentFolder.open(self.job.latents, self.resolved.adapter, self.resolved.spec)
 
     def share(self, log: RunLog, **of_sharing: Any) -> Report:
         """Extracts what no other process on this store does. `of_sharing` goes to `Sharing`."""
@@ -61,6 +73,8 @@ class Run:
                     writers=self.job.writers,
                     progress=log.clip,
                     sharing=sharing,
+                    resize=self.job.resize,
+                    latents=self.latents(),
                 )
         except StoreFull as error:  # not even room to say who works on what
             return Report(len(self.refs), len(self.refs) - self.missing, stopped=str(error))
@@ -106,12 +120,20 @@ def open_run(job: Job, *, retry_failed: bool = False) -> Run:
     resolved, refs, todo = survey(job, retry_failed=retry_failed)
     out, missing, blocks = Path(job.out), len(todo), {}
     if missing:
-        if resolved.device.type == "cuda":
-            torch.cuda.set_device(resolved.device)  # streams and events are made on the current device
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-        blocks = load(resolved, out / "cache")
+        blocks = set_up(resolved, out)
     store = FeatureStore.create(out, resolved.spec, resolved.about)  # after loading: bad weights leave no store behind
     return Run(job, resolved, refs, store, missing, blocks)
+
+
+def set_up(resolved: Resolved, out: Path) -> dict:
+    """This process ready for a job's clips, with its model loaded: returns what `set_up_blocks` found."""
+    if resolved.device.type == "cuda":
+        torch.cuda.set_device(resolved.device)  # streams and events are made on the current device
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    blocks = load(resolved, out / "cache")
+    if resolved.may_tile and resolved.device.type == "cuda" and not (out / "spec.json").exists():
+        resolved.spec = fit(resolved.adapter, resolved.spec)
+    return blocks
 
 
 def load(resolved: Resolved, cache: Path) -> dict:
@@ -129,6 +151,14 @@ def load(resolved: Resolved, cache: Path) -> dict:
         adapter.load(resolved.depth, torch.device("cpu"), dtype, cache)
         place(adapter, device, offload)
     return set_up_blocks(adapter.blocks, precision=spec.precision, attention=spec.attention, compile=spec.compile)
+
+
+def memory_of(resolved: Resolved, batch: int, cache: Path) -> MemoryPlan | None:
+    """What a job needs of the device's memory; None where that cannot be planned."""
+    adapter, window, spec = resolved.adapter, resolved.spec.frames.window, resolved.spec
+    if not adapter.PLANS_MEMORY or window is None or spec.offload != "none":
+        return None
+    return plan_memory(adapter, spec, resolved.depth, batch, window, cache)
 
 
 def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureStore]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-DEVICE_STAGES = ("upload", "encode", "blocks", "finish")  # these are what `busy` counts; they never overlap
+DEVICE_STAGES = ("upload", "resize", "encode", "blocks", "finish")  # these are what `busy` counts; they never overlap
 
 
 class Clock:
@@ -27,6 +27,11 @@ class Clock:
         with self._lock:
             self._seconds[stage] += seconds
             self._bytes[stage] += nbytes
+
+    def share(self, stage: str) -> float:
+        """Seconds of a stage so far, of the seconds since the clock was made."""
+        with self._lock:
+            return self._seconds[stage] / max(time.perf_counter() - self.started, 1e-9)
 
     @contextmanager
     def host(self, stage: str) -> Iterator[None]:

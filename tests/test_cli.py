@@ -218,6 +218,7 @@ def test_parity_is_the_studys_choices(words, clips_path, wan_path, qwen_path):
     assert wan.compute_dtype == "bfloat16"
     assert wan.options == {
         "size": [480, 832], "prompt": "", "prompt_tokens": 226, "flow_shift": 3.0, "vae_tiling": True,
+        "vae_channels_last": False,
     }  # fmt: skip
     assert (wan.frames.window, wan.steps) == (81, (749,))
     qwen = resolve(Job.from_words({"clips": str(clips_path), "model": str(qwen_path), "out": "x", "layers": "hs3",
@@ -298,10 +299,12 @@ def test_presets_and_devices_set_the_defaults(clips_path, wan_path, monkeypatch)
     preset = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], repo=str(wan_path), layers={"geometry": 2, "tagging": 1})
     monkeypatch.setitem(PRESETS, "tiny", preset)
     monkeypatch.setattr(job_module, "device_of", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(job_module.tiling, "choose", lambda *asked: False)  # memory of a GPU that is not there
     words = {"clips": str(clips_path), "model": "tiny", "out": "x", "batch": 3}
     resolved = resolve(Job.from_words(words))
     assert (resolved.spec.layers, resolved.spec.pool, resolved.depth) == ((1, 2), (15, 26), 3)
     assert (resolved.spec.compute_dtype, resolved.spec.device, resolved.batch) == ("bfloat16", "cuda", 3)
+    assert (resolved.may_tile, resolved.spec.options["vae_tiling"]) == (True, False)
     assert resolve(Job.from_words(words | {"pool": "none"})).spec.pool is None
     with pytest.raises(ValueError, match="parity means compute_dtype=bfloat16"):
         resolve(Job.from_words(words | {"compute": "parity", "compute_dtype": "float32"}))

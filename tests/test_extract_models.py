@@ -62,7 +62,7 @@ def test_stored_values_are_the_models(clips_path, wan_path, tmp_path):
     got = {}
     hook = resolved.adapter.blocks[2].register_forward_hook(lambda m, a, out: got.update(x=out))
     with torch.inference_mode():
-        state = resolved.adapter.encode({k: v[None] for k, v in prepared.inputs.items()}, prepared.plan)
+        state = resolved.adapter.encode({k: v[None] for k, v in prepared.fed.inputs.items()}, prepared.plan)
         shape = resolved.adapter.noise_shape(prepared.plan)
         noise = pipeline.batch_noise(["clip1"], shape, 0, 749, torch.device("cpu"))
         resolved.adapter.forward(state, 749, noise)

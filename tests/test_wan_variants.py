@@ -205,7 +205,7 @@ def test_the_condition_is_the_first_frame_alone(paths, tmp_path):
     other.frames[0] = clip.frames[0]
     with torch.inference_mode():
         states = [wan.encode({k: v[None] for k, v in wan.prepare(c, plan).items()}, plan) for c in (clip, other)]
-    assert not torch.equal(states[0]["latents"], states[1]["latents"])
+    assert not torch.equal(states[0]["video"], states[1]["video"])
     for name in ("condition", "image"):
         assert torch.equal(states[0][name], states[1][name])
     mask, first = states[0]["condition"].split([4, 16], 1)

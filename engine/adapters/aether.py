@@ -106,7 +106,7 @@ class Aether(CogVideoXParts):
         for clip, own in zip(videos, seeds, strict=True):
             image = self.image_condition(clip[0, :1]) if self.options["condition"] == "image" else None
             for half, frames, seed in zip(halves, clip, own, strict=True):
-                video = self.latents(frames)
+                video = self.video_latents(frames)
                 latents[half].append(torch.cat([video, self._geometry(video, seed)], 2))
                 conditions[half].append(self._with_rays(video if image is None else image))
         return Encoded(*({half: torch.cat(x) for half, x in part.items()} for part in (latents, conditions)))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.latents import FromLatents, Latents
 from spatialprobe.engine.parts.cogvideox import CogVideoXParts
 from spatialprobe.engine.types import Plan
 
@@ -27,9 +28,10 @@ class Encoded:
     condition: Tensor | None  # of image-to-video, the same shape
 
 
-class CogVideoX(CogVideoXParts):
+class CogVideoX(CogVideoXParts, FromLatents):
     OPTIONS = CogVideoXParts.OPTIONS
     PARITY = OPTIONS
+    LATENT_OPTIONS = (*FromLatents.LATENT_OPTIONS, "half_frames")
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options, checkpoint)
@@ -50,16 +52,19 @@ class CogVideoX(CogVideoXParts):
                 f"got {self.options['half_frames']}"
             )
 
-    def encode(self, inputs: Inputs, plan: Plan) -> Encoded:
+    def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "half0", "half1": of those that run; "condition"
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
         videos = inputs["video"]  # uint8 [B, halves that run, F, H, W, 3]
-        halves = {
-            half: torch.cat([self.repeat_first(self.latents(video)) for video in videos[:, i]])
+        made = {
+            f"half{half}": torch.cat([self.repeat_first(self.video_latents(video)) for video in videos[:, i]])
             for i, half in enumerate(self.halves(plan))
         }
-        if not self.from_image:
-            return Encoded(halves, None)
-        return Encoded(halves, torch.cat([self.image_condition(image) for image in videos[:, 0, :1]]))
+        if self.from_image:
+            made["condition"] = torch.cat([self.image_condition(image) for image in videos[:, 0, :1]])
+        return made
+
+    def state(self, latents: Latents, plan: Plan) -> Encoded:
+        return Encoded({half: latents[f"half{half}"] for half in self.halves(plan)}, latents.get("condition"))
 
     def forward(self, state: Encoded, step: int, noise: Tensor) -> None:  # noise [B, 2, latent frames, Z, h, w]
         for half, latents in state.halves.items():

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.latents import FromLatents, Latents
 from spatialprobe.engine.parts.euler_schedule import NUM_STEPS, euler_scheduler
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.t5 import load_t5
+from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
 # What Cosmos2VideoToWorldPipeline writes into its scheduler's config before it uses it.
@@ -26,7 +28,7 @@ SIGMAS = {"sigma_max": 80.0, "sigma_min": 0.002, "sigma_data": 1.0, "final_sigma
 CONDITION_SIGMA = 0.0001  # the noise level that the pipeline tells the model for the clean rows
 
 
-class Cosmos(Adapter):
+class Cosmos(FromLatents):
     OPTIONS = {
         "size": (704, 1280),  # pixels, height and width
         "condition_rows": 1,  # 1 as the pipeline given an image (frame 0), 2 as given 5 frames
@@ -34,9 +36,11 @@ class Cosmos(Adapter):
         "prompt": "",
         "prompt_tokens": 512,  # padding is zeroed, and attended to
         "vae_tiling": False,  # overlapping tiles change values; off is exact and faster
+        **CHANNELS_LAST,
     }
     PARITY = OPTIONS
     LIBRARIES = ("diffusers", "transformers")
+    PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
@@ -122,8 +126,7 @@ class Cosmos(Adapter):
         keep_fp32 = tuple(self.transformer._keep_in_fp32_modules)
         load_weights(self.transformer, self.checkpoint, "transformer", device=device, dtype=dtype, keep_fp32=keep_fp32)
         load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
-        if self.options["vae_tiling"]:
-            self.vae.enable_tiling()
+        set_up_vae(self.vae, self.options)
         self.blocks = self.transformer.transformer_blocks
         shape = (1, -1, 1, 1, 1)
         self.latent_mean = torch.tensor(self.vae_config["latents_mean"], device=device).view(shape)
@@ -149,9 +152,12 @@ class Cosmos(Adapter):
         _, patch_height, patch_width = self.config["patch_size"]
         return (self.vae_config["z_dim"], frames, height * patch_height, width * patch_width)
 
-    def encode(self, inputs: Inputs, plan: Plan) -> Tensor:  # -> latents, float32 [B, Z, T, h, w]
+    def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "video": float32 [B, Z, T, h, w]
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
-        return torch.cat([self._encode_one(video) for video in inputs["video"]])
+        return {"video": torch.cat([self._encode_one(video) for video in inputs["video"]])}
+
+    def state(self, latents: Latents, plan: Plan) -> Tensor:
+        return latents["video"]
 
     def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
         latents = self.vae.encode(signed(video, self.dtype)).latent_dist.mean.float()

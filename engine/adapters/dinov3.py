@@ -38,6 +38,8 @@ class DINOv3(ImageEncoder):
     def blocks_of(self, model: nn.Module) -> Sequence[nn.Module]:
         return model.model.layer if hasattr(model, "model") else model.layer
 
+    PREPARES_ON_DEVICE = False  # this processor resizes in float32, where devices round differently
+
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
         x = clip.frames.contiguous() * self.processor.scale  # float32 [S, 3, Hi, Wi]
         if tuple(x.shape[2:]) != plan.size:

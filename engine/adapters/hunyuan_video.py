@@ -13,17 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.latents import FromLatents, Latents
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
+from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
 NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many
 
 
-class HunyuanVideo(Adapter):
+class HunyuanVideo(FromLatents):
     OPTIONS = {
         "size": (480, 832),  # pixels, height and width
         "prompt": "",
@@ -31,9 +33,11 @@ class HunyuanVideo(Adapter):
         "guidance_scale": 6.0,  # the model was distilled with it as an input: the pipeline's default
         "flow_shift": 7.0,
         "vae_tiling": False,  # in height and width; windows of over 16 frames the VAE always encodes in pieces
+        **CHANNELS_LAST,
     }
     PARITY = OPTIONS
     LIBRARIES = ("diffusers", "transformers")
+    PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
@@ -92,8 +96,7 @@ class HunyuanVideo(Adapter):
         self.transformer, self.vae = self.skeleton(depth)
         load_weights(self.transformer, self.checkpoint, "transformer", device=device, dtype=dtype)
         load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
-        if self.options["vae_tiling"]:
-            self.vae.enable_tiling()
+        set_up_vae(self.vae, self.options)
         self.blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
         self._schedule(device)
 
@@ -134,9 +137,12 @@ class HunyuanVideo(Adapter):
         patch = self.config["patch_size"]
         return (self.vae_config["latent_channels"], frames, height * patch, width * patch)
 
-    def encode(self, inputs: Inputs, plan: Plan) -> Tensor:  # -> latents, float32 [B, Z, T, h, w]
+    def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "video": float32 [B, Z, T, h, w]
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
-        return torch.cat([self._encode_one(video) for video in inputs["video"]])
+        return {"video": torch.cat([self._encode_one(video) for video in inputs["video"]])}
+
+    def state(self, latents: Latents, plan: Plan) -> Tensor:
+        return latents["video"]
 
     def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
         # In float32 as the pipeline: it keeps latents so between steps, and rounds them as they enter the model.

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.latents import FromLatents
 from spatialprobe.engine.parts.euler_schedule import NUM_STEPS, euler_scheduler
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.t5 import load_t5
+from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
 
@@ -31,16 +33,18 @@ class Latents:
     schedule: list[tuple[float, float]]  # (timestep, sigma) per step
 
 
-class LTX(Adapter):
+class LTX(FromLatents):
     OPTIONS = {
         "size": (512, 704),  # pixels, height and width
         "frame_rate": 25.0,  # frames per second that rotary positions are scaled to
         "prompt": "",
         "prompt_tokens": 128,
         "vae_tiling": False,  # overlapping tiles change values; off is exact and faster
+        **CHANNELS_LAST,
     }
     PARITY = OPTIONS
     LIBRARIES = ("diffusers", "transformers")
+    PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
@@ -98,8 +102,7 @@ class LTX(Adapter):
         self.transformer, self.vae = self.skeleton(depth)
         load_weights(self.transformer, self.checkpoint, "transformer", device=device, dtype=dtype)
         load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
-        if self.options["vae_tiling"]:
-            self.vae.enable_tiling()
+        set_up_vae(self.vae, self.options)
         self.blocks = self.transformer.transformer_blocks
 
     @torch.inference_mode()
@@ -118,9 +121,12 @@ class LTX(Adapter):
     def noise_shape(self, plan: Plan) -> tuple[int, ...]:
         return (self.vae_config["latent_channels"], *plan.grid)
 
-    def encode(self, inputs: Inputs, plan: Plan) -> Latents:
+    def latents(self, inputs: Inputs, plan: Plan) -> dict[str, Tensor]:  # "video": float32 [B, Z, T, H, W]
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
-        return Latents(torch.cat([self._encode_one(video) for video in inputs["video"]]), self._schedule(plan))
+        return {"video": torch.cat([self._encode_one(video) for video in inputs["video"]])}
+
+    def state(self, latents: dict[str, Tensor], plan: Plan) -> Latents:
+        return Latents(latents["video"], self._schedule(plan))
 
     def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, H, W]
         # In float32 as the pipeline: it keeps latents so between steps, and rounds them as they enter the model.

@@ -13,13 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.latents import FromLatents, Latents
 from spatialprobe.engine.parts.euler_schedule import NUM_STEPS, euler_scheduler
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.t5 import load_t5
+from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
 NOISE_THRESHOLD = 0.025  # MochiPipeline's: the first half of the steps takes this much of the noise away
@@ -69,15 +71,17 @@ def rotate(
     return torch.stack([a * cosines - b * sines, a * sines + b * cosines], -1).flatten(-2).to(x.dtype)
 
 
-class Mochi(Adapter):
+class Mochi(FromLatents):
     OPTIONS = {
         "size": (480, 848),  # pixels, height and width
         "prompt": "",
         "prompt_tokens": 256,  # padding is masked
         "vae_tiling": False,  # overlapping tiles change values; off is exact and faster
+        **CHANNELS_LAST,
     }
     PARITY = OPTIONS
     LIBRARIES = ("diffusers", "transformers")
+    PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
@@ -139,8 +143,7 @@ class Mochi(Adapter):
         self.transformer, self.vae = self.skeleton(depth)
         load_weights(self.transformer, self.checkpoint, "transformer", device=device, dtype=dtype)
         load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
-        if self.options["vae_tiling"]:
-            self.vae.enable_tiling()
+        set_up_vae(self.vae, self.options)
         self.blocks = self.transformer.transformer_blocks
         for block in self.blocks:
             block.attn1.processor = FirstTokens(valid)
@@ -170,9 +173,12 @@ class Mochi(Adapter):
         patch = self.config["patch_size"]
         return (self.vae_config["latent_channels"], frames, height * patch, width * patch)
 
-    def encode(self, inputs: Inputs, plan: Plan) -> Tensor:  # -> latents, float32 [B, Z, T, h, w]
+    def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "video": float32 [B, Z, T, h, w]
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
-        return torch.cat([self._encode_one(video) for video in inputs["video"]])
+        return {"video": torch.cat([self._encode_one(video) for video in inputs["video"]])}
+
+    def state(self, latents: Latents, plan: Plan) -> Tensor:
+        return latents["video"]
 
     def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
         # In float32, as the pipeline computes between steps. It never encodes: this undoes what it does to decode.

@@ -6,7 +6,7 @@ needed once, for the prompt: their outputs are cached, and they are gone before 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, content_hash, empty_module, load_weights, one_line
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.latents import FromLatents
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack
+from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
 TRANSFORMER, VAE = "Open_Sora_v2.safetensors", "hunyuan_vae.safetensors"
@@ -39,7 +41,7 @@ class Latents:
     first_std: Tensor | None
 
 
-class OpenSora(Adapter):
+class OpenSora(FromLatents):
     OPTIONS = {
         "size": (480, 848),  # pixels, height and width
         "prompt": "",
@@ -47,11 +49,14 @@ class OpenSora(Adapter):
         "first_frame": True,  # given to the model as a condition, as the study did; False: no condition (text-to-video)
         "vae_sample": False,  # the latents are drawn from their distribution, from the clip's noise; False: its mean
         "vae_tiling": True,  # in height and width, as released; without, attention over all latents needs their square
+        **CHANNELS_LAST,
         "text_encoder": "google/t5-v1_1-xxl",  # a folder of the checkpoint, else a local folder or Hub id
         "pooled_text_encoder": "openai/clip-vit-large-patch14",  # likewise
     }
     PARITY = {k: v for k, v in OPTIONS.items() if not k.endswith("text_encoder")} | {"vae_sample": True}
     LIBRARIES = ("diffusers", "transformers")
+    LATENT_OPTIONS = (*FromLatents.LATENT_OPTIONS, "first_frame", "vae_sample")
+    PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
@@ -99,8 +104,7 @@ class OpenSora(Adapter):
         load_weights(self.transformer, self.checkpoint, TRANSFORMER, device=device, dtype=dtype)
         load_weights(self.vae, self.checkpoint, VAE, device=device, dtype=dtype)  # both name their parts alike
         self.vae.use_framewise_encoding = False  # the released code encodes all frames at once
-        if self.options["vae_tiling"]:
-            self.vae.enable_tiling()
+        set_up_vae(self.vae, self.options)
         self.blocks = [*self.transformer.double_blocks, *self.transformer.single_blocks]
 
     # -- the prompt, once --------------------------------------------------------------------------------------------
@@ -164,10 +168,14 @@ class OpenSora(Adapter):
         draws = (frames + self.options["first_frame"]) if self.options["vae_sample"] else 0
         return (self.latent_channels, frames + draws, PATCH * height, PATCH * width)
 
-    def encode(self, inputs: Inputs, plan: Plan) -> Latents:
+    def latents(self, inputs: Inputs, plan: Plan) -> dict[str, Tensor]:  # the fields of `Latents` that are there
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
         encoded = [self._encode_one(signed(video, self.dtype)) for video in inputs["video"]]
-        return Latents(*(torch.cat(x) if x[0] is not None else None for x in zip(*encoded, strict=True)))
+        parts = zip((f.name for f in fields(Latents)), zip(*encoded, strict=True), strict=True)
+        return {name: torch.cat(x) for name, x in parts if x[0] is not None}
+
+    def state(self, latents: dict[str, Tensor], plan: Plan) -> Latents:
+        return Latents(**{f.name: latents.get(f.name) for f in fields(Latents)})
 
     def _encode_one(self, video: Tensor) -> tuple[Tensor | None, ...]:  # [1, 3, F, H, W]
         parts: list[Tensor | None] = []

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
+from spatialprobe.engine.latents import FromLatents, Latents
 from spatialprobe.engine.parts import clip_vision, experts
 from spatialprobe.engine.parts.flow_schedule import NUM_STEPS, FlowSchedule
+from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, Plan
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
@@ -26,16 +28,18 @@ SCHEDULER = "scheduler/scheduler_config.json"
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # the experts' folders; models without experts have the first
 
 
-class Wan(Adapter):
+class Wan(FromLatents):
     OPTIONS = {
         "size": (480, 832),  # pixels, height and width
         "prompt": "",
         "prompt_tokens": 226,  # padding is attended to; the generation pipeline itself pads to 512
         "flow_shift": 0.0,  # 0: the checkpoint's own. For Wan 2.1, 3 is the model's value for 480p, 5 for 720p
         "vae_tiling": False,  # overlapping tiles change values; off is exact and faster
+        **CHANNELS_LAST,
     }
     PARITY = OPTIONS | {"flow_shift": 3.0, "vae_tiling": True}
     LIBRARIES = ("diffusers", "transformers")
+    PLANS_MEMORY = PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
@@ -134,17 +138,30 @@ class Wan(Adapter):
             keep = tuple(model._keep_in_fp32_modules)
             load_weights(model, self.checkpoint, folder, device=device, dtype=dtype, keep_fp32=keep)
         load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
-        if self.options["vae_tiling"]:
-            self.vae.enable_tiling()
+        set_up_vae(self.vae, self.options)
         self.blocks = experts.join(self.experts)
         self.schedule.to(device)
         shape = (1, -1, 1, 1, 1)
         self.latent_mean = torch.tensor(self.vae_config["latents_mean"], device=device).view(shape)
         self.latent_std = torch.tensor(self.vae_config["latents_std"], device=device).view(shape)
 
+    def _prompt_file(self, cache: Path, dtype: torch.dtype) -> Path:
+        return prompt_file(cache, self.checkpoint, self.options["prompt"], self.options["prompt_tokens"], dtype)
+
     def _embed_prompt(self, cache: Path) -> Tensor:
-        what = (self.options["prompt"], self.options["prompt_tokens"], self.dtype)
-        return cached(prompt_file(cache, self.checkpoint, *what), self._run_text_encoder)["prompt"]
+        if self.device.type == "meta":
+            return torch.empty(1, self.options["prompt_tokens"], self.config["text_dim"], device="meta")
+        return cached(self._prompt_file(cache, self.dtype), self._run_text_encoder)["prompt"]
+
+    def text_encoder_bytes(self, cache: Path, dtype: torch.dtype) -> int:
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        if self._prompt_file(cache, dtype).exists():
+            return 0
+        config = UMT5Config.from_dict(self.checkpoint.json("text_encoder/config.json"))
+        encoder = empty_module(lambda: UMT5EncoderModel(config))
+        encoder.tie_weights()
+        return sum(p.numel() for p in encoder.parameters()) * dtype.itemsize
 
     @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
@@ -171,9 +188,12 @@ class Wan(Adapter):
         _, patch_height, patch_width = self.config["patch_size"]
         return (self.vae_config["z_dim"], frames, height * patch_height, width * patch_width)
 
-    def encode(self, inputs: Inputs, plan: Plan) -> Any:  # -> latents [B, Z, T, h, w]
+    def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "video": [B, Z, T, h, w]
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
-        return torch.cat([self._encode_one(video) for video in inputs["video"]])
+        return {"video": torch.cat([self._encode_one(video) for video in inputs["video"]])}
+
+    def state(self, latents: Latents, plan: Plan) -> Any:
+        return latents["video"]
 
     def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
         return self._latents(signed(video, self.dtype), self.dtype)
@@ -205,6 +225,8 @@ class WanI2V(Wan):
 
     OPTIONS = Wan.OPTIONS | {"clip_dtype": "float16"}  # of CLIP, where the model has it; the original code's choice
     PARITY = OPTIONS
+    LATENT_OPTIONS = (*Wan.LATENT_OPTIONS, "clip_dtype")
+    PREPARES_ON_DEVICE = False  # CLIP's own processor wants the first frame on the host
 
     def _check_kind(self) -> None:
         root, takes = self.checkpoint.root, self.config["in_channels"]
@@ -242,14 +264,21 @@ class WanI2V(Wan):
             clip_vision.load(self.clip, self.checkpoint, device, COMPUTE_DTYPES[self.options["clip_dtype"]])
             self.processor = clip_vision.processor(self.checkpoint)
 
-    def encode(self, inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
-        state = {"latents": super().encode(inputs, plan)}
+    def encoders(self) -> dict:
+        clip = {"clip": (self.clip, self.clip_config)} if self.clip_config else {}
+        return super().encoders() | clip
+
+    def latents(self, inputs: Inputs, plan: Plan) -> Latents:
+        state = super().latents(inputs, plan)
         frames = inputs["video"].shape[1]
         state["condition"] = torch.cat([self._condition(image, frames) for image in inputs["image"]])
         if self.clip_config:
             tokens = [clip_vision.tokens(self.clip, pixels[None]) for pixels in inputs["clip_pixels"]]
             state["image"] = torch.cat(tokens).to(self.dtype)
         return state
+
+    def state(self, latents: Latents, plan: Plan) -> Latents:
+        return latents
 
     def _condition(self, image: Tensor, frames: int) -> Tensor:  # uint8 [1, H, W, 3] -> [1, 4 + Z, T, h, w]
         pixels = signed(image, self.dtype)
@@ -260,7 +289,7 @@ class WanI2V(Wan):
         return torch.cat([mask, latents], 1).to(self.dtype)
 
     def forward(self, state: dict[str, Tensor], step: int, noise: Tensor) -> None:
-        noisy = self.schedule.add_noise(state["latents"], noise, step)
+        noisy = self.schedule.add_noise(state["video"], noise, step)
         self._run(torch.cat([noisy, state["condition"]], 1), step, state.get("image"))
 
 

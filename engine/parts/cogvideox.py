@@ -16,6 +16,7 @@ from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
 from spatialprobe.engine.parts.interleave import HALVES, half_frames, halves_for, interleaved_rows, longest
 from spatialprobe.engine.parts.t5 import load_t5
+from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
 NUM_STEPS = 1000  # steps index the scheduler's schedule when it is asked for this many
@@ -30,8 +31,10 @@ class CogVideoXParts(Adapter):
         "prompt": "",
         "prompt_tokens": 226,  # padding is attended to
         "vae_tiling": False,  # overlapping tiles change values
+        **CHANNELS_LAST,
     }
     LIBRARIES = ("diffusers", "transformers")
+    PLANS_MEMORY = PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict, base: Checkpoint):
         """`base` holds the VAE, the text encoder and the scheduler's config."""
@@ -140,8 +143,7 @@ class CogVideoXParts(Adapter):
         transformer, vae = self.skeleton(depth)
         load_weights(transformer, self.checkpoint, "transformer", device=device, dtype=dtype)
         load_weights(vae, self.base, "vae", device=device, dtype=dtype)
-        if self.options["vae_tiling"]:
-            vae.enable_tiling()
+        set_up_vae(vae, self.options)
         self.transformer, self.vae, self.blocks = transformer, vae, transformer.transformer_blocks
         self.rotary = self._rotary()
         if self.rotary is not None:
@@ -198,9 +200,23 @@ class CogVideoXParts(Adapter):
         )
         return cos, sin
 
+    def _prompt_file(self, cache: Path, dtype: torch.dtype) -> Path:
+        return prompt_file(cache, self.base, self.options["prompt"], self.options["prompt_tokens"], dtype)
+
     def _embed_prompt(self, cache: Path) -> Tensor:
-        what = (self.options["prompt"], self.options["prompt_tokens"], self.dtype)
-        return cached(prompt_file(cache, self.base, *what), self._run_text_encoder)["prompt"]
+        if self.device.type == "meta":
+            return torch.empty(1, self.options["prompt_tokens"], self.config["text_embed_dim"], device="meta")
+        return cached(self._prompt_file(cache, self.dtype), self._run_text_encoder)["prompt"]
+
+    def text_encoder_bytes(self, cache: Path, dtype: torch.dtype) -> int:
+        from transformers import T5Config, T5EncoderModel
+
+        if self._prompt_file(cache, dtype).exists():
+            return 0
+        config = T5Config.from_dict(self.base.json("text_encoder/config.json"))
+        encoder = empty_module(lambda: T5EncoderModel(config))
+        encoder.tie_weights()
+        return sum(p.numel() for p in encoder.parameters()) * dtype.itemsize
 
     @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
@@ -214,7 +230,7 @@ class CogVideoXParts(Adapter):
 
     # -- a clip's way through ---------------------------------------------------------------------------------------
 
-    def latents(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, latent frames, Z, h, w]
+    def video_latents(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, latent frames, Z, h, w]
         return self.vae_config["scaling_factor"] * self._encoded(video)
 
     def repeat_first(self, latents: Tensor) -> Tensor:

@@ -160,6 +160,8 @@ class ImageEncoder(Adapter):
         table = self.changed(embeddings.interpolate_pos_encoding(like, *self.size), special)
         embeddings.interpolate_pos_encoding = lambda *args: table
 
+    PREPARES_ON_DEVICE = True
+
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:
         return {"pixels": self.processor.pixels(clip.frames, plan.size, self.options["crop"])}  # uint8 [S, H, W, 3]
 

@@ -1,0 +1,121 @@
+"""Memory counted on the meta device is that of a real pass, and what it is made of adds up."""
+
+import pytest
+import torch
+
+from spatialprobe.engine.adapter import plan_clip
+from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
+from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
+from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
+from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
+from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.live_bytes import META, LiveBytes
+from spatialprobe.engine.memory_plan import MemoryPlan, modules_of, plan_memory, run_once, shapes_of
+from spatialprobe.engine.tap import Taps
+from spatialprobe.engine.types import COMPUTE_DTYPES
+
+BUILD = {
+    "wan": build_wan_t2v,
+    "wan_i2v": build_wan_i2v,
+    "cogvideox": build_cogvideox,
+    "qwen3_vl": build_qwen3_vl,
+    "qwen2_5_vl": build_qwen2_5_vl,
+}
+VGM = {"steps": [749, 300], "options": {"size": "64x96"}}
+WORDS = {
+    "wan": VGM,
+    "wan_i2v": VGM | {"family": "wan_i2v"},
+    "cogvideox": {"steps": [749], "options": {"size": "64x96", "half_frames": 9}},
+    "qwen3_vl": {},
+    "qwen2_5_vl": {},
+}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {family: build(root / family) for family, build in BUILD.items()}
+
+
+def resolved(paths, family, tmp_path, **words):
+    asked = {"clips": "clips", "model": str(paths[family]), "out": str(tmp_path / "store"), "window": 9, "query": ":"}
+    return resolve(Job.from_words(asked | {"layers": [0, 1]} | WORDS[family] | words))
+
+
+def measured(found, cache, batch: int) -> MemoryPlan:
+    """The same batch with real weights and pixels."""
+    adapter, spec, peaks = found.adapter, found.spec, {}
+    with torch.inference_mode():
+        adapter.load(found.depth, torch.device("cpu"), COMPUTE_DTYPES[spec.compute_dtype], cache)
+        plan, rows = plan_clip(9, adapter, spec)
+        adapter.PREPARES_ON_DEVICE = False  # so that the pixels are real
+        inputs = {name: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x
+                  for name, x in shapes_of(adapter, plan, batch).items()}  # fmt: skip
+        with LiveBytes() as count:
+            count.see([list(m.parameters()) + list(m.buffers()) for m in modules_of(adapter)])
+            weights, taps = count.live, Taps(adapter.blocks, spec.layers)
+            run_once(adapter, spec, plan, rows, taps, inputs, count, peaks, torch.device("cpu"))
+            taps.remove()
+    return MemoryPlan(weights, 0, peaks["encode"], peaks["blocks"], 0)
+
+
+@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize(("batch", "words"), [(1, {}), (2, {"compute_dtype": "bfloat16", "store_dtype": "int8"})])
+def test_the_plan_is_within_15_percent_of_a_real_pass(family, batch, words, paths, tmp_path):
+    found = resolved(paths, family, tmp_path, **words)
+    plan = plan_memory(found.adapter, found.spec, found.depth, batch, 9, tmp_path)
+    real = measured(found, tmp_path / "cache", batch)
+    for name in ("weights", "encode", "blocks"):
+        assert getattr(plan, name) == pytest.approx(getattr(real, name), rel=0.15), name
+    assert plan.encode > plan.weights > 0
+    assert plan.blocks > plan.weights
+
+
+def test_more_clips_deeper_layers_and_larger_frames_need_more(paths, tmp_path):
+    def peak(batch=1, **words):
+        found = resolved(paths, "wan", tmp_path, **words)
+        return plan_memory(found.adapter, found.spec, found.depth, batch, 9, tmp_path)
+
+    one = peak()
+    assert peak(batch=4).blocks > one.blocks
+    assert peak(layers=[3]).weights > one.weights
+    assert peak(options={"size": "128x192"}).encode > 3 * (one.encode - one.weights)
+    assert peak(options={"size": "128x192", "vae_tiling": True}).encode <= peak(options={"size": "128x192"}).encode
+
+
+def test_the_text_encoder_counts_until_its_prompt_is_kept(paths, tmp_path):
+    found = resolved(paths, "wan", tmp_path)
+    before = plan_memory(found.adapter, found.spec, found.depth, 1, 9, tmp_path)
+    assert before.prompt > 0
+    resolved(paths, "wan", tmp_path).adapter.load(2, torch.device("cpu"), torch.float32, tmp_path)
+    assert plan_memory(found.adapter, found.spec, found.depth, 1, 9, tmp_path).prompt == 0
+
+
+def test_live_bytes_are_those_of_storages_that_are_there():
+    with LiveBytes() as count:
+        x = torch.zeros(1000, dtype=torch.float32, device=META)
+        view = x.view(10, 100)[2:]
+        assert count.live == 4000
+        y = view + 1
+        assert count.live == 4000 + 3200
+        z = torch.cat([y, y])
+        del x, view, y
+        assert (count.live, count.peak) == (6400, 4000 + 3200 + 6400)
+        z.add_(1)
+        assert count.live == 6400
+
+
+def test_data_stays_real_beside_weights_without_memory():
+    with LiveBytes():
+        ids, table = torch.tensor([1, 2, 2]), torch.empty(9, 4, device=META)
+        mask = (ids == 2).to(META)
+        assert mask.tolist() == [False, True, True]
+        found = torch.nn.functional.embedding(ids, table)
+        assert found.is_meta
+        assert found[mask].shape == (2, 4)
+
+
+def test_a_plan_says_its_parts():
+    plan = MemoryPlan(weights=2 * 10**9, prompt=11 * 10**9, encode=8 * 10**9, blocks=5 * 10**9, workspace=0)
+    assert plan.peak == 11 * 10**9
+    assert str(plan) == "peak 11.00 GB (weights 2.00 GB, encode 8.00 GB, blocks 5.00 GB, text encoder alone 11.00 GB)"

@@ -1,0 +1,99 @@
+"""vae_tiling=auto: untiled where memory allows, decided once, before there is a store."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spatialprobe.engine import tiling
+from spatialprobe.engine.demo.tiny.ltx import build_ltx
+from spatialprobe.engine.extract import extract
+from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.memory_plan import plan_memory
+from spatialprobe.engine.run import run_job
+from spatialprobe.engine.sources import list_clips
+from spatialprobe.engine.store import FeatureStore
+
+CPU = torch.device("cpu")
+
+
+def job(model, out, tiled="auto", **words) -> Job:
+    asked = {"clips": "clips", "model": str(model), "out": str(out), "layers": [1], "steps": [749], "window": 9}
+    return Job.from_words(asked | {"options": {"size": "64x96", "vae_tiling": tiled}} | words)
+
+
+def test_the_plan_decides_and_the_spec_says_what_was_used(wan_path, tmp_path, monkeypatch):
+    found = resolve(job(wan_path, tmp_path / "store"))
+    assert found.spec == resolve(job(wan_path, tmp_path / "store", "false")).spec
+    needed = plan_memory(found.adapter, found.spec, found.depth, 1, 9, tmp_path).running
+    monkeypatch.setattr(tiling, "free_bytes", lambda device: needed)
+    assert resolve(job(wan_path, tmp_path / "store")).may_tile
+    monkeypatch.setattr(tiling, "free_bytes", lambda device: needed - 1)
+    found = resolve(job(wan_path, tmp_path / "store"))
+    assert found.spec == resolve(job(wan_path, tmp_path / "store", "true")).spec
+    assert found.adapter.options["vae_tiling"] is True
+    assert not found.may_tile
+
+
+@pytest.mark.parametrize("tiled", ["true", "false"])
+def test_a_store_keeps_what_it_was_begun_with(tiled, wan_path, clips_path, tmp_path, monkeypatch):
+    _, store = run_job(job(wan_path, tmp_path / "store", tiled, clips=str(clips_path), limit=1))
+    monkeypatch.setattr(tiling, "free_bytes", lambda device: 0 if tiled == "false" else 1 << 60)
+    report, again = run_job(job(wan_path, tmp_path / "store", "auto", clips=str(clips_path), limit=2))
+    assert again.spec == store.spec
+    assert again.spec.options["vae_tiling"] is (tiled == "true")
+    assert (report.present, report.written) == (1, 1)
+
+
+def test_what_cannot_be_planned_must_be_said(tmp_path, wan_path):
+    with pytest.raises(ValueError, match="which a LTX has not: say true or false"):
+        resolve(job(build_ltx(tmp_path / "ltx"), tmp_path / "store"))
+    with pytest.raises(ValueError, match="which a window of any length has not"):
+        resolve(job(wan_path, tmp_path / "store", window="all"))
+    with pytest.raises(ValueError, match="option vae_tiling must be bool, got 'maybe'"):
+        resolve(job(wan_path, tmp_path / "store", "maybe"))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_trial_tiles_where_memory_runs_out(fits, wan_path, tmp_path, monkeypatch):
+    found = resolve(job(wan_path, tmp_path / "store", "false"))
+    found.adapter.load(2, CPU, torch.float32, tmp_path)
+    encode = found.adapter.vae.encode
+
+    def short_of_memory(pixels):
+        if not fits and not found.adapter.vae.use_tiling:
+            raise torch.OutOfMemoryError("tried to allocate more than there is")
+        return encode(pixels)
+
+    monkeypatch.setattr(found.adapter.vae, "encode", short_of_memory)
+    spec = tiling.fit(found.adapter, found.spec)
+    assert spec == tiling.chosen(found.spec, not fits)
+    assert (found.adapter.options["vae_tiling"], found.adapter.vae.use_tiling) == (not fits, not fits)
+
+
+def test_a_run_that_has_begun_is_not_tiled_but_ends_and_says_so(wan_path, clips_path, tmp_path, monkeypatch):
+    """A store must not hold both."""
+    found = resolve(job(wan_path, tmp_path / "store", "false", clips=str(clips_path)))
+    found.adapter.load(2, CPU, torch.float32, tmp_path)
+    store, refs = FeatureStore.create(tmp_path / "store", found.spec), list_clips(str(clips_path))
+
+    def full(*args):
+        raise torch.OutOfMemoryError("Tried to allocate 7 GiB, of which 3 GiB are free")
+
+    monkeypatch.setattr(found.adapter.vae, "encode", full)
+    report = extract(refs, found.adapter, store)
+    assert report.stopped == (
+        "out of device memory at batch size 1: one clip alone does not fit (Tried to allocate 7 GiB, of which 3 GiB "
+        "are free); its VAE ran untiled: a new store with --option vae_tiling=true needs less"
+    )
+    assert store.ids() == []
+
+
+def test_advice_is_given_only_where_there_is_something_left():
+    for own, chosen, words in (
+        ({}, {}, ""),
+        ({"vae_tiling": False}, {"vae_tiling": True}, ""),
+        ({"vae_tiling": True}, {"vae_tiling": False}, "vae_tiling=true"),
+    ):
+        said = tiling.advice(SimpleNamespace(OPTIONS=own, options=chosen))
+        assert (words in said) if words else (said == "")
