@@ -1,6 +1,7 @@
 # make demo   render scenes, build tiny models, extract their features, train probes, write demo/index.html (2 minutes)
 # make test   all tests that need no GPU
-# make bench  extract, streaming (9 GB of disk, given back), probes, kernels, and the grouping against its peers;
+# make bench  extract, streaming (9 GB of disk, given back), probes, kernels, models at
+#             their published sizes on a GPU (without one a check), and the grouping against its peers;
 #             RECORD=--record writes benchmarks/results
 # make lint   ruff; make sanitize: the C++ under address, undefined-behaviour and thread sanitizers; make clean
 # All make .venv first, once: pinned dependencies (constraints.txt) and this package with its C++ extension.
@@ -20,6 +21,7 @@ bench: .venv/installed
 	$(PIP) --editable .[bench] --no-build-isolation
 	.venv/bin/python -m pytest benchmarks $(RECORD)
 	.venv/bin/python benchmarks/bench_kernels.py $(RECORD)
+	.venv/bin/python benchmarks/bench_device.py $(RECORD)
 	.venv/bin/python benchmarks/bench_grouping.py --big $(RECORD)
 
 sanitize: .venv/installed

@@ -7,6 +7,9 @@ computes far slower, would measure matrix products, of which a grid saves none. 
 (`keep_bytes=0`), as of a data set larger than memory, and files are dropped from the page cache before every run: where
 they fit there, single runs wait less and a grid saves less. A single run is a user's, with all its files but without
 the start of Python; so is the grid's.
+
+With a GPU the widths are the published ones too: a grid on Wan-14B's features, its time and peak memory against as many
+single runs, which `--record` writes to `results/probes-<gpu>.json`. Without one that part is skipped.
 """
 
 import json
@@ -55,6 +58,12 @@ TAGGER = {
     "depth": 0, "embed": 64, "lr": 3e-4,
     "decoder_width": 64, "decoder_heads": 4, "decoder_layers": 2, "decoder_dropout": 0.0,
 }  # fmt: skip
+PUBLISHED = {  # for a GPU: Wan-14B's features as the study's probes see them, and its widest probe
+    "features": (21, 15, 26, 5120),
+    "clips": 16,
+    "settings": {"embed": 1024, "depth": 4, "head": "mlp"},
+    "grid": {"lr": [3e-4, 1e-3], "seed": [1, 2]},
+}
 ROUNDS, WORKERS, LEAST_TIMES_PLAIN = 2, 2, 3.0
 
 
@@ -244,6 +253,62 @@ def copy_weights(probe: Probe, model: PlainTagger) -> None:
                 joint = [ours[f"{here}.{mine}.{side}.{part}"] for side in ("q", "kv")]
                 state[f"{at}.{theirs}.in_proj_{part}"] = torch.cat(joint)
     model.load_state_dict(state)
+
+
+# -- at published widths, on a GPU -------------------------------------------------------------------------------------
+
+
+def write_wide(root: Path, shape: tuple[int, int, int, int], clips: int) -> None:
+    """labels/, and wide/: a store of features with these rows, tokens and channels."""
+    ids = [f"{'val' if i % 4 == 3 else 'train'}/scene{i:04d}" for i in range(clips)]
+    write_labels(root / "labels", ids)
+    selection = FrameSelection(window=WINDOW)
+    store = FeatureStore.create(
+        root / "wide", FeatureSpec("wan", "content:0", (LAYER,), (STEP,), pool=shape[1:3], frames=selection)
+    )
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(OBJECTS + 1, shape[3], generator=generator)
+    objects = [torch.from_numpy(wall(kind, shape[1:3])) for kind in range(DISTINCT)]
+    made = [finish(torch.randn(shape, generator=generator) + vectors[each], torch.float16) for each in objects]
+    provenance = {"grid": shape[:3], "rows_kept": list(range(shape[0])), "padded": 0}
+    for number, clip_id in enumerate(ids):
+        tensors = made[number % DISTINCT].named(tensor_name(LAYER, STEP))
+        store.write(clip_id, tensors, torch.tensor(ROWS), provenance)
+
+
+def compare_wide(root: Path, device: torch.device, sizes: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """A grid, and its probes one after the other: seconds and, on a GPU, peak memory. Asserts equal losses."""
+    grid, settings = sizes["grid"], sizes["settings"]
+    points = [{"lr": lr, "seed": seed} for lr in grid["lr"] for seed in grid["seed"]]
+    run(root, INSTANCE, "wide", **settings, **points[0])  # kernels warm
+    found, results = {}, {}
+    for way, grids in (("grid", [{"grid": grid}]), ("single", points)):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        measured, each = measure(
+            root, lambda grids=grids: [run(root, INSTANCE, "wide", **settings, **g) for g in grids]
+        )
+        results[way] = [one for runs in each for one in runs]
+        peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+        found[way] = measured | {"peak_gb": peak}
+    for ours, theirs in zip(results["grid"], results["single"], strict=True):
+        assert ours.config == theirs.config
+        # bfloat16 on a GPU; a joint product rounds otherwise than each probe's own
+        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=2e-2)
+    return found
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="the grid at published widths needs a GPU: not measured, the CPU's part is below",
+)
+def test_grid_at_published_widths(tmp_path, show, record):
+    write_wide(tmp_path, PUBLISHED["features"], PUBLISHED["clips"])
+    found = compare_wide(tmp_path, torch.device("cuda"), PUBLISHED)
+    gpu = torch.cuda.get_device_name()
+    lines = [f"{way:8}{one['seconds']:9.2f} s{one['peak_gb']:9.2f} GB" for way, one in found.items()]
+    show("\n".join([f"a grid of 4 probes at published widths, and 4 runs, on {gpu}", *lines]))
+    record(f"probes-{gpu.lower().replace(' ', '-')}", {"gpu": gpu, "published": PUBLISHED, **found})
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------------
