@@ -31,7 +31,7 @@ from spatialprobe.engine.store import FeatureStore
 CLIPS, ROUNDS, WRITERS = 10_000, 3, 4  # writers: the engine's default
 LEAST_CLIPS_PER_S = 300  # of one process
 MOST_GROWTH = 8 << 20  # bytes of resident memory from the first quarter of the clips to the last
-MODEL_CLIPS, FRAMES, SIZE = 24, 9, (64, 96)
+MODEL_CLIPS, FRAMES, SIZE = 12, 9, (64, 96)
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -160,8 +160,9 @@ def test_clips_per_second_with_workers(benchmark, model_clips, tmp_path, show, r
             words += ["--devices", devices]
             done = subprocess.run(
                 [sys.executable, "-m", "spatialprobe.engine.cli", *words],
-                env=os.environ | ALONE, check=True, capture_output=True, text=True,
+                env=os.environ | ALONE, capture_output=True, text=True,
             )  # fmt: skip
+            assert done.returncode == 0, done.stderr
             seconds[devices].append(float(re.search(r"^([0-9.]+) s, ", done.stdout, re.MULTILINE)[1]))
 
         return run
