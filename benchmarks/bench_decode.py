@@ -29,8 +29,8 @@ SOURCE, SIZE = (540, 960), (480, 832)  # the study's frames, and Wan's input
 FRAMES, CLIPS, ROUNDS = 9, 4, 3
 SELECTION = FrameSelection(window=FRAMES)
 CORES = len(os.sched_getaffinity(0))
-# Of the processes' clips/s that threads must reach to stay the default: a process costs seconds to start, memory for its
-# libraries, and a way to hand over its pixels, so it has to be a third faster to be worth that.
+# Of the processes' clips/s that threads must reach to stay the default: a process costs seconds to start, memory for
+# its libraries, and a way to hand over its pixels, so it has to be a third faster to be worth that.
 LEAST_SHARE = 0.75
 
 
