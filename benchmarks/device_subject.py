@@ -2,7 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from PIL import Image
 from random_checkpoint import published, with_tokens, write_hollow_checkpoint
 from torch import Tensor
 
-from spatialprobe.engine.adapter import plan_clip
-from spatialprobe.engine.job import Job, Resolved, resolve
+from spatialprobe.engine.adapter import cached, plan_clip, prompt_file
+from spatialprobe.engine.job import Job, Resolved, parse_size, resolve
+from spatialprobe.engine.memory_plan import plan_memory
 from spatialprobe.engine.types import COMPUTE_DTYPES
 
 STUDY_QUERY = "0,1:76:4"
@@ -163,6 +164,23 @@ class Subject:
         config = self.configs["transformer/config.json"]
         width = config.get("text_dim") or config["text_embed_dim"]
         return torch.randn(1, PROMPT_TOKENS, width, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+
+    def cache(self, resolved: Resolved) -> Path:
+        """The folder in which an adapter finds what a text encoder would have made of its prompt."""
+        folder, options = self.root / "cache", resolved.adapter.options
+        if (prompt := self.prompt()) is not None:
+            what = (options["prompt"], options["prompt_tokens"], self.dtype)
+            cached(prompt_file(folder, resolved.adapter.checkpoint, *what), lambda: {"prompt": prompt})
+        return folder
+
+    def planned_peak(self, resolved: Resolved) -> int:
+        """Bytes that `engine extract --dry-run` foretells for a GPU."""
+        spec = replace(resolved.spec, device="cuda", steps=(749,) if self.has_steps else (), pool=self.pool())
+        batch, window = resolved.adapter.AUTO_BATCH, self.sizes.window
+        return plan_memory(resolved.adapter, spec, resolved.depth, batch, window, self.cache(resolved)).peak
+
+    def pool(self) -> tuple[int, int] | None:
+        return None if self.sizes.pool == "none" else parse_size("pool", self.sizes.pool)
 
     def work(self, resolved: Resolved, *, causal: bool) -> dict[str, float]:
         """Flops of one clip: {"encode": once, "step": of every step}."""
