@@ -43,6 +43,7 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
     "latents": ("DIR", "keep what the VAE makes of clips there: other layers, steps or models of that VAE reuse it"),
     "device": ("NAME", "cpu, cuda, cuda:1"),
     "devices": ("NAMES", "all, or a list like cuda:0,cuda:1: a worker process on each, which share the clips"),
+    "ray_workers": ("N", "with --ray: how many actors (default: one per GPU, on the CPU one per machine)"),
     "offload": (
         "WHERE",
         "blocks that do not fit: host (memory; each comes to the device while it runs) or spread (GPUs)",
@@ -110,6 +111,13 @@ def parser() -> argparse.ArgumentParser:
         const="blocks",
         metavar="HOW",
         help="compile the blocks, once per shape; graphs: and record CUDA graphs",
+    )
+    sub.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="work by actors of that Ray cluster, whose machines all see the store; local: one here, for this run",
     )
     sub.add_argument("--merge-steps", action="store_true", default=None, help="store the mean over steps, not each")
     sub.add_argument("--prompt", metavar="TEXT", help="short for --option prompt=TEXT")
@@ -179,6 +187,12 @@ def extract(args: argparse.Namespace) -> int:
         for line in plan_lines(job):
             print(line)
         return 0
+    if job.ray:
+        from spatialprobe.engine.ray_run import run_ray
+
+        return print_report(*run_ray(job, retry_failed=args.retry_failed), args.words)
+    if job.ray_workers:
+        raise ValueError("ray-workers goes with ray")
     job = for_this_process(job)
     if job.devices:
         from spatialprobe.engine.workers import run_workers

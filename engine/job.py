@@ -58,6 +58,8 @@ class Job:
     latents: str | None = None  # folder of latents that jobs share
     device: str | None = None
     devices: str | None = None  # instead: "all", or one worker process on each of "cuda:0,cuda:1"
+    ray: str | None = None  # instead: the address of a Ray cluster, or "local" for one on this machine
+    ray_workers: int | None = None  # default: one per GPU, on the CPU one per machine
     offload: str = "none"  # or where blocks lie that do not fit on the device: "host", "spread"
     compile: str = "none"  # or "blocks", "graphs"
     attention: str = "auto"  # or a kernel by name
@@ -163,6 +165,7 @@ WORDS = {  # everything else is text
     "options": table,
     "batch": batch,
     "loaders": positive,
+    "ray_workers": positive,
     "writers": positive,
     "limit": positive,
 }

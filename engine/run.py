@@ -98,6 +98,8 @@ def survey(job: Job, *, retry_failed: bool = False) -> tuple[Resolved, list[Clip
     """
     if job.devices:
         raise ValueError(f"devices {job.devices} are for `run_workers`: one process works on one device")
+    if job.ray:
+        raise ValueError(f"ray {job.ray} is for `run_ray`: this is one process")
     resolved, refs, out = resolve(job), job_clips(job), Path(job.out)
     is_store = (out / "spec.json").exists()
     if retry_failed and not is_store:
