@@ -159,4 +159,5 @@ def text_encoder_bytes(family: str) -> int:
         return 0
     config, model = (UMT5Config, UMT5EncoderModel) if family == "wan" else (T5Config, T5EncoderModel)
     encoder = empty_module(lambda: model(config(**T5_XXL, vocab_size=VOCABULARY[family])))
-    return 2 * sum(p.numel() for p in encoder.parameters())
+    # embed_tokens is `shared` again: one tensor of a model that is loaded, two of one without memory
+    return 2 * sum(p.numel() for name, p in encoder.named_parameters() if "embed_tokens" not in name)
