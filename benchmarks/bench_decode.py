@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from spatialprobe.engine.decode import load_clip
-from spatialprobe.engine.device_resize import resize_on_device
+from spatialprobe.engine.device.resize import resize_on_device
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.types import ClipRef, FrameSelection
 

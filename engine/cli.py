@@ -188,14 +188,14 @@ def extract(args: argparse.Namespace) -> int:
             print(line)
         return 0
     if job.ray:
-        from spatialprobe.engine.ray_run import run_ray
+        from spatialprobe.engine.processes.ray_run import run_ray
 
         return print_report(*run_ray(job, retry_failed=args.retry_failed), args.words)
     if job.ray_workers:
         raise ValueError("ray-workers goes with ray")
     job = for_this_process(job)
     if job.devices:
-        from spatialprobe.engine.workers import run_workers
+        from spatialprobe.engine.processes.workers import run_workers
 
         return print_report(*run_workers(job, retry_failed=args.retry_failed), args.words)
     run = open_run(job, retry_failed=args.retry_failed)
@@ -210,7 +210,7 @@ def for_this_process(job: "Job") -> "Job":
     """The job with the shard and device that a launcher's variables give it, where the user gave none."""
     from dataclasses import replace
 
-    from spatialprobe.engine.ranks import words_for
+    from spatialprobe.engine.processes.ranks import words_for
 
     if job.device and job.devices:
         raise ValueError(f"device and devices exclude each other, got {job.device} and {job.devices}")

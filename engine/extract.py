@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from spatialprobe.engine import tiling
 from spatialprobe.engine.adapter import Adapter, plan_clip
 from spatialprobe.engine.bottleneck import held_back_line
-from spatialprobe.engine.compiled import CompileTimes, full_batch, new_pass
 from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.device import tiling
+from spatialprobe.engine.device.compiled import CompileTimes, full_batch, new_pass
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.feeding import Fed, Feeder, stage
 from spatialprobe.engine.latents import LatentFolder
+from spatialprobe.engine.processes.sharing import Alone, Sharing
 from spatialprobe.engine.queues import BatchSize, Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
-from spatialprobe.engine.sharing import Alone, Sharing
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.timing import Clock

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spatialprobe.engine.device_resize import resize_on_device
+from spatialprobe.engine.device.resize import resize_on_device
 
 
 def resize(

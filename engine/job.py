@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from spatialprobe.engine import tiling
 from spatialprobe.engine.adapter import Adapter, plan_clip
-from spatialprobe.engine.attention import resolve_attention
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.compiled import check_compile
+from spatialprobe.engine.device import tiling
+from spatialprobe.engine.device.attention import resolve_attention
+from spatialprobe.engine.device.compiled import check_compile
+from spatialprobe.engine.device.placement import OFFLOAD
+from spatialprobe.engine.device.precision import check_precision
 from spatialprobe.engine.feeding import check_resize
 from spatialprobe.engine.latents import check_latents
-from spatialprobe.engine.placement import OFFLOAD
-from spatialprobe.engine.precision import check_precision
 from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, FrameSelection
 

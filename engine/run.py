@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from spatialprobe.engine.blocks import set_up_blocks
+from spatialprobe.engine.device.blocks import set_up_blocks
+from spatialprobe.engine.device.memory_plan import MemoryPlan, plan_memory
+from spatialprobe.engine.device.placement import check_fits, place
+from spatialprobe.engine.device.tiling import fit
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
 from spatialprobe.engine.latents import LatentFolder
-from spatialprobe.engine.memory_plan import MemoryPlan, plan_memory
-from spatialprobe.engine.placement import check_fits, place
+from spatialprobe.engine.processes.sharing import Sharing
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.report import Report
-from spatialprobe.engine.sharing import Sharing
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.tiling import fit
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
 
 

@@ -16,12 +16,12 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_3d_rotary_p
 from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
-from spatialprobe.engine import placement
 from spatialprobe.engine.adapters.aether import Aether
 from spatialprobe.engine.checkpoint import content_hash
 from spatialprobe.engine.demo.tiny.cogvideox import build_aether, build_cogvideox
+from spatialprobe.engine.device import placement
+from spatialprobe.engine.device.placement import place
 from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.placement import place
 from spatialprobe.engine.reading.probing_files import export_probing
 from spatialprobe.engine.reading.published import PublishedDump
 from spatialprobe.engine.run import run_job

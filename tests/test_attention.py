@@ -7,14 +7,18 @@ from families import CPU, features, make_adapter, make_clip
 from torch.nn.attention import sdpa_kernel
 
 from spatialprobe.engine.adapters.wan import Wan
-from spatialprobe.engine.attention import BACKENDS, is_there, resolve_attention, with_attention
-from spatialprobe.engine.blocks import set_up_blocks
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.device.attention import BACKENDS, is_there, resolve_attention, with_attention
+from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Refused
 
-BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # relative L2, as engine/attention.py says
+BOUNDS = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 5e-3,
+    torch.float16: 1e-3,
+}  # relative L2, as engine/device/attention.py says
 THERE = ["math", "flash"]  # on a CPU
 
 

@@ -14,12 +14,12 @@ from families import features, make_clip
 from tiny_models import MODELS
 from torch import nn
 
-from spatialprobe.engine import compiled
 from spatialprobe.engine import extract as pipeline
-from spatialprobe.engine.blocks import set_up_blocks
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.compiled import CompileTimes, check_compile, full_batch, new_pass
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
+from spatialprobe.engine.device import compiled
+from spatialprobe.engine.device.blocks import set_up_blocks
+from spatialprobe.engine.device.compiled import CompileTimes, check_compile, full_batch, new_pass
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.run import job_clips, load, run_job
 from spatialprobe.engine.store import FeatureStore

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spatialprobe.engine import device_resize, images
-from spatialprobe.engine.device_resize import FILTERS, columns_first, resize_on_device
+from spatialprobe.engine import images
+from spatialprobe.engine.device import resize as device_resize
+from spatialprobe.engine.device.resize import FILTERS, columns_first, resize_on_device
 
 
 def noise(shape: tuple[int, ...], seed: int) -> np.ndarray:

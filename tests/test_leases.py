@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.leases import Leases, key_of
+from spatialprobe.engine.processes.leases import Leases, key_of
 
 QUICK = {"beat": 0.02, "patience": 0.3}
 
@@ -31,7 +31,7 @@ def wait_for(condition, seconds: float = 20.0) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from spatialprobe.engine.leases import Leases
+from spatialprobe.engine.processes.leases import Leases
 leases = Leases(Path(sys.argv[1]), beat=0.02, session=sys.argv[2])
 for clip in sys.argv[3:]:
     print(leases.claim(clip, most_deaths=9), flush=True)

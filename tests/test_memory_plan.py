@@ -8,9 +8,9 @@ from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
 from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
 from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
+from spatialprobe.engine.device.live_bytes import META, LiveBytes
+from spatialprobe.engine.device.memory_plan import MemoryPlan, modules_of, plan_memory, run_once, shapes_of
 from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.live_bytes import META, LiveBytes
-from spatialprobe.engine.memory_plan import MemoryPlan, modules_of, plan_memory, run_once, shapes_of
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.types import COMPUTE_DTYPES
 

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
-from spatialprobe.engine import placement
 from spatialprobe.engine.adapters.open_sora import OpenSora
 from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
+from spatialprobe.engine.device import placement
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack
 from spatialprobe.engine.run import run_job

@@ -4,12 +4,12 @@ import pytest
 import torch
 from families import CPU, features, make_adapter, make_clip
 
-from spatialprobe.engine import placement
 from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
 from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.device import placement
+from spatialprobe.engine.device.placement import check_fits, place, spread
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.placement import check_fits, place, spread
 from spatialprobe.engine.run import run_job
 
 

@@ -6,9 +6,8 @@ from families import CPU, features, make_adapter, make_clip
 from torch import nn
 
 from spatialprobe.engine.adapters.wan import Wan
-from spatialprobe.engine.blocks import set_up_blocks
-from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.precision import (
+from spatialprobe.engine.device.blocks import set_up_blocks
+from spatialprobe.engine.device.precision import (
     FP8_MAX,
     Fp8Linear,
     check_precision,
@@ -16,6 +15,7 @@ from spatialprobe.engine.precision import (
     quantise_linears,
     quantise_rows,
 )
+from spatialprobe.engine.job import Job, resolve
 
 SHAPES = [(1, 16, 16), (7, 48, 32), (33, 160, 80)]  # tokens, K, N
 

@@ -16,7 +16,7 @@ import torch
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.ray_worker import RayWorker
+from spatialprobe.engine.processes.ray_worker import RayWorker
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec
@@ -70,7 +70,7 @@ def ray():
 
 
 def test_an_actor_killed_in_mid_run_costs_nothing(words, alone, ray, tmp_path, capfd):
-    from spatialprobe.engine.ray_run import run_ray
+    from spatialprobe.engine.processes.ray_run import run_ray
 
     store, killed = tmp_path / "s", []
 
@@ -116,7 +116,7 @@ Image.open = spoiled
 
 
 def test_a_clip_that_kills_two_actors_fails_alone(words, alone, ray, tmp_path, capfd, monkeypatch):
-    from spatialprobe.engine.ray_run import run_ray
+    from spatialprobe.engine.processes.ray_run import run_ray
 
     (tmp_path / "plot").mkdir()
     (tmp_path / "plot/sitecustomize.py").write_text(PLOT)
@@ -131,7 +131,7 @@ def test_a_clip_that_kills_two_actors_fails_alone(words, alone, ray, tmp_path, c
 
 def command(words: dict, out: Path, gone_after: float = 20.0) -> list[str]:
     """`engine extract --ray`, in a process of its own."""
-    start = "import sys, spatialprobe.engine.ray_run as r; from spatialprobe.engine.cli import main\n"
+    start = "import sys, spatialprobe.engine.processes.ray_run as r; from spatialprobe.engine.cli import main\n"
     start += f"r.run_ray.__kwdefaults__['gone_after'] = {gone_after}; sys.exit(main())"
     flags = ["--layers", "1", "--window", "3", "--query", ":", "--size", "64x96", "--device", "cpu", "--ray"]
     return [sys.executable, "-c", start, "extract", words["clips"], "--model", words["model"], "--out", out, *flags]
@@ -185,7 +185,7 @@ def test_an_interrupt_ends_the_run_and_keeps_everything(words, alone, ray, tmp_p
 
 
 def test_an_actor_that_sees_another_store_is_refused(words, tmp_path, monkeypatch):
-    monkeypatch.setattr("spatialprobe.engine.ray_worker.LOOKS", 1)
+    monkeypatch.setattr("spatialprobe.engine.processes.ray_worker.LOOKS", 1)
     job = Job(**words, out=str(tmp_path / "s"), device="cpu")
     worker = RayWorker(asdict(job), torch.get_num_threads())
     loaded = worker.load()
@@ -215,7 +215,7 @@ def test_an_actor_that_sees_another_store_is_refused(words, tmp_path, monkeypatc
     ],
 )
 def test_words_that_do_not_go_with_ray(words, tmp_path, more, message):
-    from spatialprobe.engine.ray_run import check_words
+    from spatialprobe.engine.processes.ray_run import check_words
 
     with pytest.raises(ValueError, match=message):
         check_words(Job(**words, out=str(tmp_path / "s"), **({"ray": "local"} | more)))
@@ -236,7 +236,7 @@ def test_tasks_of_one_actor_add_up():
     def timing(seconds, busy):
         return {"seconds": seconds, "busy": busy, "peak_memory_bytes": 7, "stages": {"write": {"seconds": seconds}}}
 
-    from spatialprobe.engine.ray_run import in_turn
+    from spatialprobe.engine.processes.ray_run import in_turn
 
     assert in_turn([timing(1.0, 0.5), timing(3.0, 1.0)]) == {
         "seconds": 4.0, "busy": 0.875, "peak_memory_bytes": 7, "stages": {"write": {"seconds": 4.0}},

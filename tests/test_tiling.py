@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spatialprobe.engine import tiling
 from spatialprobe.engine.demo.tiny.ltx import build_ltx
+from spatialprobe.engine.device import tiling
+from spatialprobe.engine.device.memory_plan import plan_memory
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.memory_plan import plan_memory
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore

@@ -16,10 +16,10 @@ import torch
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.ranks import part_of, words_for
+from spatialprobe.engine.processes.ranks import part_of, words_for
+from spatialprobe.engine.processes.workers import Pool, devices_of, merged_timing, run_workers
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.workers import Pool, devices_of, merged_timing, run_workers
 
 CLIPS = 30
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
-from spatialprobe.engine.live_bytes import META, LiveBytes
+from spatialprobe.engine.device.live_bytes import META, LiveBytes
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, Clip, FeatureSpec, Plan
 from spatialprobe.kernels.pool_features import QUANTISED_MAX, accumulate, pool_features

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.processes.sharing import look_again
+from spatialprobe.engine.processes.worker import fail
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.run import Run, set_up, survey
-from spatialprobe.engine.sharing import look_again
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.worker import fail
 
 LOOKS = 30  # one a second, for a folder that another machine has just made
 

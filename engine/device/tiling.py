@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
-from spatialprobe.engine.memory_plan import plan_memory, shapes_of
-from spatialprobe.engine.placement import free_bytes
+from spatialprobe.engine.device.memory_plan import plan_memory, shapes_of
+from spatialprobe.engine.device.placement import free_bytes
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec
 

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from spatialprobe.engine.durable import RunFolder
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.ray_cluster import GONE_AFTER, LOCAL, Cluster, cluster, ray_library
-from spatialprobe.engine.ray_worker import RayWorker, Ticket
+from spatialprobe.engine.processes.ray_cluster import GONE_AFTER, LOCAL, Cluster, cluster, ray_library
+from spatialprobe.engine.processes.ray_worker import RayWorker, Ticket
+from spatialprobe.engine.processes.sharing import Sharing, positions
+from spatialprobe.engine.processes.workers import Pool, merged_timing
 from spatialprobe.engine.report import Report
 from spatialprobe.engine.run import job_clips, open_run, survey, write_report
 from spatialprobe.engine.schema import differences
-from spatialprobe.engine.sharing import Sharing, positions
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef, FeatureSpec
-from spatialprobe.engine.workers import Pool, merged_timing
 
 TASK_SECONDS = 30.0  # a task's clips are read ahead and written behind, but not across its ends
 FIRST_TASK, LARGEST_TASK = 4, 256  # clips

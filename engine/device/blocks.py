@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from spatialprobe.engine.attention import CANNOT, activate, with_attention
-from spatialprobe.engine.compiled import compiled
+from spatialprobe.engine.device.attention import CANNOT, activate, with_attention
+from spatialprobe.engine.device.compiled import compiled
+from spatialprobe.engine.device.precision import quantise_linears
 from spatialprobe.engine.parts.experts import ExpertBlock
-from spatialprobe.engine.precision import quantise_linears
 from spatialprobe.engine.types import Refused
 
 

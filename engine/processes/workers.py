@@ -17,13 +17,13 @@ from typing import Any
 from tqdm import tqdm
 
 from spatialprobe.engine.job import Job, device_of
+from spatialprobe.engine.processes.sharing import Sharing, positions
+from spatialprobe.engine.processes.worker import KNOWN
 from spatialprobe.engine.progress import bar
 from spatialprobe.engine.report import Outcomes, Report
 from spatialprobe.engine.run import open_run, survey, write_report
-from spatialprobe.engine.sharing import Sharing, positions
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef
-from spatialprobe.engine.worker import KNOWN
 
 
 def devices_of(text: str, offload: str = "none") -> list[str]:
@@ -114,7 +114,7 @@ class Pool:
         mine, theirs = os.pipe()
         os.set_inheritable(theirs, True)
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "spatialprobe.engine.worker", str(theirs)],
+            [sys.executable, "-P", "-m", "spatialprobe.engine.processes.worker", str(theirs)],
             stdin=subprocess.PIPE,
             stdout=2,  # libraries may print
             pass_fds=[theirs],

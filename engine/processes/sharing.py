@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from spatialprobe.engine.leases import Leases
+from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.report import Outcomes
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef
