@@ -232,6 +232,19 @@ def test_without_ray_installed_the_extra_is_named(words, tmp_path, monkeypatch, 
         run_job(Job(**words, out=str(tmp_path / "s"), ray="local"))
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: [Errno 111] Connection refused"),
+        ("head", "no Ray cluster answers at head: wanted HOST:PORT or auto, got 'head'"),
+    ],
+)
+def test_an_address_where_no_cluster_is(words, ray, tmp_path, capfd, address, message):
+    assert main([*(str(word) for word in command(words, tmp_path / "s")[3:]), address]) == 2
+    assert capfd.readouterr().err == f"engine: error: {message}\n"
+    assert not (tmp_path / "s").exists()
+
+
 def test_tasks_of_one_actor_add_up():
     def timing(seconds, busy):
         return {"seconds": seconds, "busy": busy, "peak_memory_bytes": 7, "stages": {"write": {"seconds": seconds}}}

@@ -30,7 +30,7 @@ OBJECT_STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
 def ray_library() -> Any:
     """The module `ray`. Raises ValueError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ writes to our standard error
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else a cluster that is gone fills our standard error
     try:
         import ray
     except ImportError:
@@ -53,7 +53,10 @@ def cluster(address: str, out: Path, *, cpus: int) -> Iterator["Cluster"]:
             options["_temp_dir"] = stack.enter_context(room_in(out))
             stack.enter_context(environment(of_our_own()))
         try:
-            ray.init(**options)
+            if not own and address != "auto":
+                socket.create_connection(endpoint(address), timeout=10.0).close()  # Ray would try for a minute
+            with no_standard_error():  # on which its C++ reports its settings; what goes wrong is raised as well
+                ray.init(**options)
         except (RuntimeError, OSError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             if own:
@@ -66,8 +69,8 @@ def cluster(address: str, out: Path, *, cpus: int) -> Iterator["Cluster"]:
 class Cluster:
     def __init__(self, ray: Any, address: str, own: bool):
         self.ray, self.address, self.own = ray, address, own
-        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-        self._head, self._heard, self.gone = (host, int(port)), time.monotonic(), False
+        self._head = endpoint(ray.get_runtime_context().gcs_address)
+        self._heard, self.gone = time.monotonic(), False
 
     def counts(self) -> tuple[int, int]:
         """GPUs and machines that are up."""
@@ -82,6 +85,25 @@ class Cluster:
         except OSError:
             self.gone = time.monotonic() - self._heard >= patience
         return not self.gone
+
+
+def endpoint(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"wanted HOST:PORT or auto, got {address!r}")
+    return host.strip("[]"), int(port)
+
+
+@contextmanager
+def no_standard_error() -> Iterator[None]:
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class Crew(Pool):
             options["runtime_env"] = {"env_vars": QUIET}
         words = asdict(self.job) | {"out": str(Path(self.job.out).absolute())}
         for name in ("clips", "model", "latents", "targets"):  # actors have a working folder of their own
-            if words[name] and Path(words[name]).exists():
+            if words[name] and (name != "model" or Path(words[name]).exists()):  # it may be a preset or Hub id
                 words[name] = str(Path(words[name]).absolute())
         remote = self.ray.remote(**options)(RayWorker)
         for number in range(count):
