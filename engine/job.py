@@ -275,7 +275,7 @@ def device_of(name: str | None) -> torch.device:
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # set_device wants a number
 
 
 def _offload(job: Job, device: torch.device) -> str:

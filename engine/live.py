@@ -122,11 +122,14 @@ def live(
     `arriving.failed`. Leaving the block, early or by an error, ends the extraction.
     """
     arriving = LiveStore(spec, queue_bytes)
+    device = torch.device(adapter.device)
+    if device.type == "cuda" and device.index is None:  # the current one, which is another in another thread
+        device = torch.device("cuda", torch.cuda.current_device())
 
     def run() -> None:
         try:
-            if torch.device(adapter.device).type == "cuda":
-                torch.cuda.set_device(adapter.device)  # for this thread: streams are made on the current device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # for this thread: streams are made on the current device
             report = extract(refs, adapter, arriving, batch_size=batch_size, loaders=loaders, writers=writers)
         except BaseException as error:  # raised again where the features are read
             arriving.end(None, error)

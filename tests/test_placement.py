@@ -9,7 +9,7 @@ from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.device import placement
 from spatialprobe.engine.device.placement import check_fits, place, spread
-from spatialprobe.engine.job import Job
+from spatialprobe.engine.job import Job, device_of
 from spatialprobe.engine.run import run_job
 
 
@@ -25,6 +25,14 @@ def test_blocks_in_host_memory_change_no_value_and_are_not_kept_on_the_device(cl
     for layer in (0, 2):
         assert torch.equal(whole[layer], offloaded[layer])
     assert all(p.is_meta for block in blocks for p in block.parameters())  # and again after they ran
+
+
+def test_a_gpu_goes_by_its_number(monkeypatch):
+    """`torch.cuda.set_device` takes no device without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of(name).index for name in (None, "cuda", "cuda:1")] == [0, 0, 1]
+    assert device_of("cpu") == CPU
 
 
 def test_offload_is_part_of_what_a_store_holds(clips_path, wan_path, tmp_path):
