@@ -38,6 +38,10 @@ class FromLatents(Adapter):
         """What `encode` returns, of the latents."""
         raise NotImplementedError
 
+    def latent_facts(self) -> dict[str, Any]:
+        """What latents depend on beside encoders and options, as JSON has it: what the blocks are given of them."""
+        return {}
+
     def encode(self, inputs: Inputs, plan: Plan) -> Any:
         return self.state(self.latents(inputs, plan), plan)
 
@@ -123,8 +127,10 @@ class LatentFolder:
 def latent_key(adapter: FromLatents, spec: FeatureSpec) -> dict[str, Any]:
     """All that a clip's latents depend on beside the clip. Blocks, layers, steps, prompt and seed are not in it."""
     frames = spec.frames
+    plan = None if frames.window is None else plan_clip(frames.window, adapter, spec)[0]
     # Frames that are shown: of a window of any length only the query can say.
-    shown = frames.query if frames.window is None else list(plan_clip(frames.window, adapter, spec)[0].shown)
+    shown = {"query": frames.query} if plan is None else {"shown": list(plan.shown), "passes": plan.passes}
+    shown |= {"window": frames.window, "start": frames.start, "stride": frames.stride, "short": frames.short}
     return {
         "family": spec.family,
         "encoders": {
@@ -132,7 +138,8 @@ def latent_key(adapter: FromLatents, spec: FeatureSpec) -> dict[str, Any]:
             for name, (module, config) in adapter.encoders().items()
         },
         "options": {name: _plain(adapter.options[name]) for name in adapter.LATENT_OPTIONS if name in adapter.options},
-        "frames": {"window": frames.window, "start": frames.start, "stride": frames.stride, "shown": shown},
+        "frames": shown,  # `short` too: on a hit nobody looks how long the source is
+        "facts": adapter.latent_facts(),
         "compute_dtype": spec.compute_dtype,
         "device": spec.device,
         "versions": dict(spec.versions),

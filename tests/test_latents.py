@@ -143,6 +143,23 @@ def test_a_changed_clip_is_encoded_again(models, clips_path, tmp_path, calls):
     assert files(store) == files(plain)
 
 
+def test_what_a_short_clip_means_is_asked_again(models, clips_path, tmp_path):
+    words = {"window": 17, "limit": 1, "latents": str(tmp_path / "latents")}
+    padded, _ = run_job(job(clips_path, models["wan"], tmp_path / "a", **words))
+    failed, _ = run_job(job(clips_path, models["wan"], tmp_path / "b", short="error", **words))
+    skipped, _ = run_job(job(clips_path, models["wan"], tmp_path / "c", short="skip", **words))
+    assert (padded.written, failed.failed, skipped.skipped) == (1, 1, 1)
+
+
+def test_models_of_one_vae_that_want_other_latents_keep_their_own(models, clips_path, tmp_path):
+    words = {"limit": 1, "options": {"size": "64x96", "half_frames": 9}, "latents": str(tmp_path / "latents")}
+    run_job(job(clips_path, models["cogvideox"], tmp_path / "a", **words))
+    for kind in ("5b-i2v", "1.5-5b"):
+        model = build_cogvideox(tmp_path / kind, kind)
+        report, _ = run_job(job(clips_path, model, tmp_path / f"{kind}-store", **words))
+        assert (report.written, report.timing["latents"]) == (1, {"read": 0, "made": 1})
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_file_is_made_again(damage, models, clips_path, tmp_path, calls):
     latents = {"latents": str(tmp_path / "latents"), "limit": 1}

@@ -52,6 +52,9 @@ class CogVideoX(CogVideoXParts, FromLatents):
                 f"got {self.options['half_frames']}"
             )
 
+    def latent_facts(self) -> dict[str, int | bool]:
+        return {"from_image": self.from_image, "repeats": self.repeats}
+
     def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "half0", "half1": of those that run; "condition"
         # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
         videos = inputs["video"]  # uint8 [B, halves that run, F, H, W, 3]
