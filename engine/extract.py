@@ -128,7 +128,10 @@ def prepare(
     feeder = feeder or Feeder(adapter, clock, resize="host")
     fed, about = feeder.from_disk(ref)
     if about is not None:
-        return _prepared(ref, *plan_clip(about["window"], adapter, spec), fed, about, adapter, spec)
+        try:
+            return _prepared(ref, *plan_clip(about["window"], adapter, spec), fed, about, adapter, spec)
+        except ValueError as error:
+            return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
     try:
         window = spec.frames.window
         shown = None if window is None else plan_clip(window, adapter, spec)[0].shown

@@ -151,6 +151,14 @@ def test_what_a_short_clip_means_is_asked_again(models, clips_path, tmp_path):
     assert (padded.written, failed.failed, skipped.skipped) == (1, 1, 1)
 
 
+def test_a_clip_whose_latents_are_there_can_fail_alone(models, clips_path, tmp_path):
+    words = {"window": "all", "limit": 2, "latents": str(tmp_path / "latents")}
+    run_job(job(clips_path, models["wan"], tmp_path / "a", **words))
+    report, _ = run_job(job(clips_path, models["wan"], tmp_path / "b", pool="40x40", **words))
+    reason = "prepare: ValueError: pool must be at most the model's 4x6 tokens, got (40, 40)"
+    assert report.failures == {"clip0": reason, "clip1": reason}
+
+
 def test_models_of_one_vae_that_want_other_latents_keep_their_own(models, clips_path, tmp_path):
     words = {"limit": 1, "options": {"size": "64x96", "half_frames": 9}, "latents": str(tmp_path / "latents")}
     run_job(job(clips_path, models["cogvideox"], tmp_path / "a", **words))
