@@ -267,7 +267,7 @@ class HostCopies:
         """Happens once all copies so far are whole."""
         if self.stream is None:
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # writers that wait for it sleep, and leave the cores to loaders
         event.record(self.stream)
         return event
 
