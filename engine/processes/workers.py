@@ -91,7 +91,7 @@ def run_workers(job: Job, *, retry_failed: bool = False, **of_leases: Any) -> tu
         pool.end()
     if not any(worker.loaded for worker in pool.workers):
         return pool.nothing_began(), out
-    store = FeatureStore.create(out, resolved.spec, resolved.about)
+    store = FeatureStore.create(out, FeatureStore.open(out).spec)  # a worker may have tiled the VAE, which is in it
     with Sharing(store, since=task["since"], session=task["session"], **of_leases) as sharing:
         report = pool.add_up(store, sharing)
     parts = [{"device": w.device, "ended": w.ended} | (w.report or {}) for w in pool.workers]
