@@ -27,6 +27,7 @@ Say = Callable[..., None]
 
 def main() -> int:
     """Does the task that comes on standard input; answers on the file descriptor it is given."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     with os.fdopen(int(sys.argv[1]), "w", buffering=1) as answers:
 
         def say(kind: str, **what: Any) -> None:
