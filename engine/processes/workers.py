@@ -224,7 +224,8 @@ def how_it_ended(worker: Worker) -> str:
 
 
 def merged_timing(timings: list[dict]) -> dict:
-    """Seconds of the longest, stages summed, busy as the mean, peak memory of the one that needed most."""
+    """Seconds of the longest and what held it back, stages and counts summed, busy as the mean, peak memory of the one
+    that needed most."""
     if not timings:
         return {}
     stages: dict[str, dict] = {}
@@ -235,8 +236,13 @@ def merged_timing(timings: list[dict]) -> dict:
             into["seconds"] = round(into["seconds"] + stage["seconds"], 4)
             if gb and into["seconds"]:
                 into["gb_per_s"] = round(gb / into["seconds"], 4)
-    return {
-        "seconds": max(timing["seconds"] for timing in timings),
+    longest = max(timings, key=lambda timing: timing["seconds"])
+    told: dict[str, Any] = {"held_back": longest["held_back"]} if "held_back" in longest else {}
+    for name in ("compile", "latents"):
+        if counts := [timing[name] for timing in timings if name in timing]:
+            told[name] = {key: round(sum(count[key] for count in counts), 4) for key in counts[0]}
+    return told | {
+        "seconds": longest["seconds"],
         "busy": round(sum(timing["busy"] for timing in timings) / len(timings), 4),
         "peak_memory_bytes": max(timing["peak_memory_bytes"] for timing in timings),
         "stages": stages,
