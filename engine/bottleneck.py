@@ -1,6 +1,7 @@
 """Which stage holds a run back, and what would widen it: read from the clock's summary. Knows no model."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ DEVICE = {
     "resize": "--resize host",
     "finish": "--pool",
 }
+OTHERWISE = {"prepare": "smaller sources", "encode": "more GPUs"}  # where that cannot be had
 CALLING = {  # what the thread that drives the device does meanwhile
     "stage": "--resize host where sources are larger than the model's input",
     "noise": "fewer --steps",
@@ -31,7 +33,14 @@ class HeldBack:
     advice: str
 
 
-def held_back(timing: dict[str, Any], *, loaders: int, writers: int, cores: int | None = None) -> HeldBack | None:
+def held_back(
+    timing: dict[str, Any],
+    *,
+    loaders: int,
+    writers: int,
+    cannot: Collection[str] = (),  # stages of OTHERWISE whose usual advice this run cannot take
+    cores: int | None = None,
+) -> HeldBack | None:
     """What took most of a run's time, `timing` being `Clock.summary()`. None where no stage took a notable part.
 
     A run's time is that of the calling thread: it waits for loaders, for writers, or drives the device.
@@ -52,7 +61,7 @@ def held_back(timing: dict[str, Any], *, loaders: int, writers: int, cores: int 
     stages = {"loaders": LOADING, "writers": WRITING, "device": DEVICE, "calling": CALLING}[side]
     present = {name: seconds[name] for name in stages if seconds.get(name, 0.0) > 0}
     stage = max(present, key=present.__getitem__) if present else next(iter(stages))
-    advice = stages[stage]
+    advice = OTHERWISE[stage] if stage in cannot else stages[stage]
     if side in ("loaders", "writers"):
         threads = loaders if side == "loaders" else writers
         more = f"more --{side} ({threads} on {cores} cores)" if threads < cores else f"more cores ({threads} --{side})"
@@ -60,9 +69,9 @@ def held_back(timing: dict[str, Any], *, loaders: int, writers: int, cores: int 
     return HeldBack(stage, shares[side], advice)
 
 
-def held_back_line(timing: dict[str, Any], *, loaders: int, writers: int, cores: int | None = None) -> str:
-    """One line for people."""
-    found = held_back(timing, loaders=loaders, writers=writers, cores=cores)
+def held_back_line(timing: dict[str, Any], **about: Any) -> str:
+    """One line for people. `about` as for `held_back`."""
+    found = held_back(timing, **about)
     if found is None:
         return "held back by no stage in particular"
     return f"held back by {found.stage} ({found.share:.0%} of the time): {found.advice}"

@@ -19,7 +19,7 @@ from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.compiled import CompileTimes, full_batch, new_pass
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.feeding import Fed, Feeder, stage
-from spatialprobe.engine.latents import LatentFolder
+from spatialprobe.engine.latents import FromLatents, LatentFolder
 from spatialprobe.engine.processes.sharing import Alone, Sharing
 from spatialprobe.engine.queues import BatchSize, Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
@@ -110,7 +110,9 @@ def extract(
         taps.remove()
         compiling.stop()
     report.batch_size, report.timing = size.now, compiling.told_apart(clock)
-    report.timing["held_back"] = held_back_line(report.timing, loaders=loaders, writers=writers)
+    cannot = [] if device.type == "cuda" and adapter.PREPARES_ON_DEVICE else ["prepare"]
+    cannot += [] if isinstance(adapter, FromLatents) and latents is None else ["encode"]
+    report.timing["held_back"] = held_back_line(report.timing, loaders=loaders, writers=writers, cannot=cannot)
     if latents is not None:
         report.timing["latents"] = {"read": latents.hits, "made": latents.made}
     settled = report.present + report.written + report.elsewhere + report.failed + report.skipped

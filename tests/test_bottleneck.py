@@ -54,6 +54,12 @@ def test_more_threads_than_cores_are_not_advised():
     assert found.advice == "more cores (16 --loaders) or smaller sources"
 
 
+def test_what_a_run_cannot_do_is_not_advised():
+    about = {"loaders": 1, "writers": 1, "cores": 4, "cannot": ["prepare", "encode"]}
+    assert "--resize" not in held_back(timing(0.1, wait_for_loaders=80, prepare=70), **about).advice
+    assert held_back(timing(0.9, encode=70, blocks=20), **about).advice == "more GPUs"
+
+
 def test_a_run_without_time_is_held_back_by_nothing():
     assert held_back({"seconds": 0.0, "busy": 0.0, "stages": {}}, loaders=1, writers=1, cores=2) is None
 
