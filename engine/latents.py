@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs, plan_clip
 from spatialprobe.engine.clipfile import SUFFIX, BadFile, is_whole, read_header, write_file
+from spatialprobe.engine.device.attention import IMPLEMENTATIONS
 from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
 from spatialprobe.engine.sources import image_files
 from spatialprobe.engine.types import ClipRef, FeatureSpec, Plan
@@ -141,6 +142,7 @@ def latent_key(adapter: FromLatents, spec: FeatureSpec) -> dict[str, Any]:
         "frames": shown,  # `short` too: on a hit nobody looks how long the source is
         "facts": adapter.latent_facts(),
         "compute_dtype": spec.compute_dtype,
+        "flash": spec.attention if spec.attention in IMPLEMENTATIONS else "",  # these are the encoders' too
         "device": spec.device,
         "versions": dict(spec.versions),
     }
