@@ -1,5 +1,7 @@
 """Memory counted on the meta device is that of a real pass, and what it is made of adds up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,6 +83,19 @@ def test_more_clips_deeper_layers_and_larger_frames_need_more(paths, tmp_path):
     assert peak(layers=[3]).weights > one.weights
     assert peak(options={"size": "128x192"}).encode > 3 * (one.encode - one.weights)
     assert peak(options={"size": "128x192", "vae_tiling": True}).encode <= peak(options={"size": "128x192"}).encode
+
+
+def test_linear_layers_in_fp8_take_half(paths, tmp_path):
+    found = resolved(paths, "wan", tmp_path, compute_dtype="bfloat16")
+    full, fp8 = (
+        plan_memory(found.adapter, replace(found.spec, precision=name), found.depth, 1, 9, tmp_path)
+        for name in ("full", "fp8")
+    )
+    (_, transformer) = found.adapter.skeleton(found.depth)
+    linears = [m for m in transformer.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    saved = sum(m.weight.numel() - 4 * m.out_features for m in linears)  # a byte of each two, less a float32 a row
+    assert full.weights - fp8.weights == saved > 0
+    assert fp8.blocks - fp8.weights > full.blocks - full.weights  # rounding an input wants it in float32
 
 
 def test_the_text_encoder_counts_until_its_prompt_is_kept(paths, tmp_path):

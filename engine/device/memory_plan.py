@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
+from spatialprobe.engine.device.blocks import each_block
 from spatialprobe.engine.device.live_bytes import META, LiveBytes
+from spatialprobe.engine.device.precision import quantise_linears
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, Clip, FeatureSpec, Plan
 from spatialprobe.kernels.pool_features import QUANTISED_MAX, accumulate, pool_features
@@ -55,6 +57,8 @@ def plan_memory(adapter: Adapter, spec: FeatureSpec, depth: int, batch: int, fra
     plan, rows = plan_clip(frames, model, spec)
     with torch.inference_mode():
         model.load(depth, META, dtype, cache)
+        if spec.precision == "fp8":
+            quantise_linears(each_block(model.blocks))
         peaks: dict[str, int] = {}
         with LiveBytes() as count:
             count.see([list(m.parameters()) + list(m.buffers()) for m in modules_of(model)])
