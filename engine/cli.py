@@ -1,10 +1,11 @@
-"""The `engine` command: words in, exit code out. 0 all done, 1 clips failed or damaged, or the disk or memory
-is full, 2 bad arguments, 130 interrupted."""
+"""The `engine` command: words in, exit code out. 0 all done, 1 clips failed or damaged, the disk or memory is
+full, or the GPU lost, 2 bad arguments, 130 interrupted."""
 
 import argparse
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__name__ == "Refused":
             print(f"engine: error: {error}", file=sys.stderr)
             return 2
+        if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+            traceback.print_exc()  # it may be a bug of ours
+            print("engine: stopped: lost its GPU; run the same command again to go on", file=sys.stderr)
+            return 1
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch to say so
             raise
         print(f"engine: stopped: the model does not fit: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -293,6 +293,19 @@ def test_shards_leave_reports_of_their_own_and_the_log_grows(words, tmp_path):
     assert len((store / "log.jsonl").read_text().splitlines()) == 5
 
 
+def test_a_lost_gpu_ends_a_run_with_a_line(words, monkeypatch, capsys):
+    from spatialprobe.engine.run import Run
+
+    def lost(run):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(Run, "extract", lost)
+    assert main(words) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == "engine: stopped: lost its GPU; run the same command again to go on"
+    assert "RuntimeError: CUDA error: uncorrectable ECC error encountered" in err
+
+
 def test_presets_and_devices_set_the_defaults(clips_path, wan_path, monkeypatch):
     from spatialprobe.engine import job as job_module
 
