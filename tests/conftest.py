@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
 from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job, whose children would ignore it as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from two, and spinning threads stall each other on busy cores
 
