@@ -30,8 +30,8 @@ FRAMES, CLIPS, ROUNDS = 9, 4, 3
 SELECTION = FrameSelection(window=FRAMES)
 CORES = len(os.sched_getaffinity(0))
 # Of the processes' clips/s that threads must reach to stay the default: a process costs seconds to start, memory for
-# its libraries, and a way to hand over its pixels, so it has to be a third faster to be worth that.
-LEAST_SHARE = 0.75
+# its libraries, and a way to hand over its pixels.
+LEAST_SHARE = 0.9
 
 
 def frames() -> np.ndarray:
