@@ -25,8 +25,7 @@ class Family:
 
 STUDY_QUERY = "0,1:76:4"  # 0, 1, 5, ..., 73
 
-FAMILIES = {
-    # video generators
+GENERATORS = {  # of videos
     "wan": Family("wan:Wan", ("WanPipeline",), 81, ":", 749),
     "wan_i2v": Family("wan:WanI2V", ("WanImageToVideoPipeline",), 81, ":", 749),
     "cogvideox": Family("cogvideox:CogVideoX", ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"), 97, ":", 749),
@@ -38,7 +37,8 @@ FAMILIES = {
     "ltx": Family("ltx:LTX", ("LTXPipeline",), 81, ":", 898),
     "mochi": Family("mochi:Mochi", ("MochiPipeline",), 81, ":", 847),
     "cosmos": Family("cosmos:Cosmos", ("Cosmos2VideoToWorldPipeline",), 81, ":", 596),
-    # vision-language models
+}
+VISION_LANGUAGE = {
     "qwen2_5_vl": Family("qwen2_5_vl:Qwen25VL", ("qwen2_5_vl",), 81, STUDY_QUERY),
     "qwen3_vl": Family("qwen3_vl:Qwen3VL", ("qwen3_vl",), 81, STUDY_QUERY),
     "qwen3_vl_moe": Family("qwen3_vl_moe:Qwen3VLMoe", ("qwen3_vl_moe",), 81, STUDY_QUERY),
@@ -47,7 +47,8 @@ FAMILIES = {
     "llava_onevision": Family("llava_onevision:LlavaOneVision", ("llavaonevision1_5",), 81, STUDY_QUERY),
     "glm4v": Family("glm4v:Glm4v", ("glm4v",), 81, STUDY_QUERY),
     "gemma3": Family("gemma3:Gemma3", ("gemma3",), 81, STUDY_QUERY),
-    # encoders of images and videos
+}
+ENCODERS = {  # of images and videos
     "clip": Family("clip:CLIP", ("clip", "clip_vision_model"), 81, STUDY_QUERY),
     "siglip": Family("siglip:SigLIP", ("siglip", "siglip_vision_model"), 81, STUDY_QUERY),
     "siglip2": Family("siglip2:SigLIP2", ("siglip2", "siglip2_vision_model"), 81, STUDY_QUERY),
@@ -57,6 +58,7 @@ FAMILIES = {
     "vjepa2": Family("vjepa2:VJEPA2", ("vjepa2",), 64, ":"),  # as pretrained
     "videomae": Family("videomae:VideoMAE", ("videomae",), 16, ":"),  # takes no other
 }
+FAMILIES = GENERATORS | VISION_LANGUAGE | ENCODERS
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.evaluation import evaluate_all
 from spatialprobe.probes.labels import Labels
 from spatialprobe.probes.probe import Probe
-from spatialprobe.probes.results import Result, write_results
+from spatialprobe.probes.results import Result, split_hash, write_results
 from spatialprobe.probes.setup import (
     channels,
     checked_stores,
@@ -285,6 +285,7 @@ class Run:
                 len(self.val_loader.ids),
                 self.spent(),
                 skipped,
+                split_hash(self.about["val_ids"]),
             )
             for t in self.trainees
         ]

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ class Result:
     val_clips: int
     seconds: float  # of the whole run: all probes of a grid share it
     skipped: dict[str, str] = field(default_factory=dict)  # clips left out, where that was asked for: id -> why
+    split: str = ""  # `split_hash` of the validation clips; "" in files of before it was recorded
+
+
+def split_hash(val_ids: Sequence[str]) -> str:
+    """Equal for results that were measured on the same clips of the same labels."""
+    return sha256("\n".join(sorted(val_ids)).encode()).hexdigest()[:16]
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
