@@ -32,7 +32,7 @@ def evaluate_all(
         of_each = zip(trainees, projected, targets_of(batch, trainees), strict=True)
         for i, (trainee, x, targets) in enumerate(of_each):
             with autocast(device):
-                outputs = {name: y.float() for name, y in trainee.probe.read(x).items()}
+                outputs = {name: y.float() for name, y in trainee.probe.read(x, targets).items()}
             if loss:
                 generator = torch.Generator(device).manual_seed(number)  # every evaluation samples alike
                 totals[i] += float(task_loss(trainee.probe, outputs, targets, generator)["loss"]) * len(batch.ids)

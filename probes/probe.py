@@ -4,7 +4,7 @@ How probes are trained is `training.py`'s and `loop.py`'s. B clips, S views, C c
 tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +47,16 @@ class Probe(nn.Module):
             )
             self.head = task.head(self.backbone.width, config, facts)
 
-    def read(self, projected: Tensor) -> dict[str, Tensor]:  # [B, S, H, W, E]
+    def read(
+        self,
+        projected: Tensor,  # [B, S, H, W, E]
+        targets: Mapping[str, Tensor] | None = None,  # the task's; of them the head gets what it is told, if anything
+    ) -> dict[str, Tensor]:
         """What the head says of projected features."""
-        return self.head(self.backbone(projected))
+        return self.head(self.backbone(projected), **{name: targets[name] for name in self.task.told})
 
-    def forward(self, features: Stored) -> dict[str, Tensor]:
-        return self.read(project([self], [features])[0])
+    def forward(self, features: Stored, targets: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return self.read(project([self], [features])[0], targets)
 
 
 def project(probes: Sequence[Probe], features: Sequence[Stored]) -> list[Tensor]:

@@ -132,8 +132,9 @@ def split(
 
 
 def class_names(task: ProbeTask, labels: Labels) -> list[str]:
-    """What the task's answers are called, where it is asked for classes."""
-    return list(labels.class_names) if "tag_pixel_counts" in task.labels else []
+    """What the task's answers are called, where it is asked for classes or relations."""
+    names = {"tag_pixel_counts": labels.class_names, "relations": labels.relation_names}
+    return [name for label in task.labels for name in names.get(label, ())]
 
 
 def device_of(device: torch.device | str | None) -> torch.device:

@@ -109,10 +109,12 @@ class ProbeTask:
     score: str  # metric that picks the best epoch; "loss": the validation loss; "last": the last epoch is taken
     higher_is_better: bool  # of a metric
     facts: Callable[..., Any]  # (labels, training ids, config) -> Facts
-    head: Callable[[int, ProbeConfig, Any], nn.Module]  # (width, config, facts); forward(Tokens) -> dict of outputs
+    # (width, config, facts); forward(Tokens, **targets that it is told) -> dict of outputs
+    head: Callable[[int, ProbeConfig, Any], nn.Module]
     # (labels of a batch, on the device; config; facts); of the config it may read the options alone
     targets: Callable[[dict[str, Tensor], ProbeConfig, Any], dict[str, Tensor]]
     loss: Callable[..., dict[str, Tensor]]  # (outputs, targets, config, generator); "loss" is what is minimised
     metrics: Callable[[ProbeConfig, Any], Metrics]
     shown: str = ""  # metric for pictures, where the score is a loss
     facts_type: type | None = None  # dataclass of Facts, to read them back from a probe's file
+    told: tuple[str, ...] = ()  # of the targets, what the head gets beside the tokens: what it is asked, no answers

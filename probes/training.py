@@ -86,7 +86,7 @@ def _loss(probe: Probe, projected: Tensor, targets: dict[str, Tensor], step: int
     seed, device, rank = probe.config.seed, projected.device, processes()[0]
     torch.manual_seed(_mix(seed, step, rank, "dropout"))
     with autocast(device):
-        outputs = probe.read(projected)
+        outputs = probe.read(projected, targets)
     return task_loss(probe, outputs, targets, torch.Generator(device).manual_seed(_mix(seed, step, rank, "loss")))
 
 

@@ -29,7 +29,14 @@ LABELS = {  # name -> dtype, shape of S frames, meaning
     "extrinsic": (torch.float32, "S 3 4", "world-to-camera: x_camera = R x_world + t"),
     "intrinsic": (torch.float32, "S 3 3", "pixels"),
     "images": (torch.uint8, "S 3 H W", "RGB"),
+    "relations": (
+        torch.float32,
+        "S P 4",
+        "P questions of each frame: relation, an index into `relation_names`, -1 in rows that ask nothing; id of the "
+        "object it is asked of; id of the other one, or 0; answer, 1 or 0 for yes or no, else a length",
+    ),
 }
+FREE = ("H", "W", "P")  # sizes that a dataset chooses
 SPLITS = ("train", "val")
 _ONE_HEADER = Lock()  # numpy parses headers as Python literals, which Python 3.11 fails at in two threads (#106905)
 MIN_TAG_PIXELS, MIN_TAG_FRAMES = 200, 2  # of a whole clip, for a class to count as present (the study's)
@@ -40,6 +47,7 @@ class Labels(ABC):
 
     names: tuple[str, ...]  # keys of LABELS that this dataset has
     class_names: tuple[str, ...] = ()  # [K], if it has tag_pixel_counts
+    relation_names: tuple[str, ...] = ()  # of what relations may ask
     selection: FrameSelection = FrameSelection()  # its start and stride say which source frame is which label's
 
     def __init__(self, root: str | Path):
@@ -103,13 +111,13 @@ def _check(read: dict[str, Tensor], frames: int, classes: int) -> None:
         dtype, dims, _ = LABELS[name]
         known = {"S": frames} if name == "images" else sizes  # images may be larger than maps of them
         wanted = [int(d) if d.isdigit() else known.get(d, d) for d in dims.split()]
-        fits = x.ndim == len(wanted) and all(d in (n, "H", "W") for d, n in zip(wanted, x.shape, strict=True))
+        fits = x.ndim == len(wanted) and all(d in (n, *FREE) for d, n in zip(wanted, x.shape, strict=True))
         if x.dtype != dtype or not fits or 0 in x.shape:
             shape = ", ".join(map(str, wanted))
             raise ValueError(f"{name} must be {dtype} [{shape}], got {x.dtype} {list(x.shape)}")
         if name in ("extrinsic", "intrinsic") and not x.isfinite().all():
             raise ValueError(f"{name} is not finite")
-        known |= {d: n for d, n in zip(dims.split(), x.shape, strict=True) if d in ("H", "W")}
+        known |= {d: n for d, n in zip(dims.split(), x.shape, strict=True) if d in FREE}
 
 
 def presence_rates(labels: Labels, ids: Iterable[str]) -> Tensor:  # float64 [K]
