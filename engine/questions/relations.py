@@ -1,0 +1,195 @@
+"""What can be said of one object or of two, each as one vectorised measurement: one table for questions and probes.
+
+It knows no words. All margins are relative, so that what is not in metres is decided as well. Horizontal sides: the
+length of an object is the longer horizontal side of its upright box, the width the shorter. Distances between two
+objects are between the centres of their boxes, the distance from the camera is to the nearest point seen. The world's
+frame is the lifted one: its north is where the clip's first view looks, seen from above, its east the right of that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from spatialprobe.engine.lifting.objects import ObjectTable
+from spatialprobe.engine.questions.views import Viewpoint, Views, half_axes, look
+
+APART = 0.05  # of the distance to the farther one, which centres must lie apart beyond half the larger object
+SIDEWAYS = 0.05  # of the distance ahead, which the directions of left and right must differ by: 3 degrees
+FARTHER = 0.1  # of the smaller distance
+LARGER = 0.15  # of the smaller size
+BIGGER = 0.5  # of the smaller volume
+HOUR = 0.1  # hours from the half hour at which a clock direction would be rounded to the other side
+ROUNDED = 0.25  # of the value: a number given as wrong is at least so far from the right one
+LEVEL = 0.1  # of the larger height: centres closer in height are level, and not asked about
+
+
+class Margin(NamedTuple):
+    """Below it a qualitative answer is undecided; numbers given as wrong answers differ by at least as much."""
+
+    value: float
+    of: str
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A property of one object, or a relation of object i to object j."""
+
+    name: str
+    level: int  # 1 one object, 2 two, 3 several steps
+    kind: Literal["qualitative", "quantitative"]
+    arity: Literal[1, 2]
+    metric: bool  # whether it needs metres
+    upright: bool  # whether it needs a known "up"
+    complete: str  # axes of a box that must have been seen whole: letters of "xyz"
+    unit: str  # of a quantity: "m", or "h" of a clock's face (12 is ahead of the camera; it wraps round); else ""
+    margin: Margin
+    of: Callable[[Views], np.ndarray]  # [S, N] or [S, N, N], NaN where undecided; does not look at what is seen
+
+    def values(self, views: Views) -> np.ndarray:  # float64 [S, N] or [S, N, N]
+        """For each view; qualitative: > 0 means yes. NaN: not to be asked (not well seen, not complete, undecided)."""
+        table, usable = views.table, views.seen
+        if (self.metric and not table.metric) or (self.upright and not table.upright):
+            return np.full(usable.shape + usable.shape[1:] * (self.arity - 1), np.nan)
+        if self.complete:
+            usable = usable & table.complete[:, ["xyz".index(axis) for axis in self.complete]].all(1)
+        if self.arity == 2:
+            usable = usable[:, :, None] & usable[:, None, :] & ~np.eye(usable.shape[1], dtype=bool)
+        return np.where(usable, self.of(views), np.nan)
+
+    def measure(self, table: ObjectTable, view: int) -> np.ndarray:  # float64 [N] or [N, N]
+        """`values` of one view, an index of `table.frames`. Relations from another view are from the clip's last."""
+        return self.values(look(table, np.array([view])))[0]
+
+
+def difference(x: np.ndarray) -> np.ndarray:  # [..., N] -> [..., N, N], what j has more than i
+    return x[..., None, :] - x[..., :, None]
+
+
+def larger(x: np.ndarray) -> np.ndarray:  # [..., N] -> [..., N, N]
+    return np.maximum(x[..., None, :], x[..., :, None])
+
+
+def decided(value: np.ndarray, bar: np.ndarray | float) -> np.ndarray:
+    return np.where(np.abs(value) >= bar, value, np.nan)
+
+
+def agreeing(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """`first` where all have its sign, else NaN."""
+    same = np.ones(first.shape, bool)
+    for other in others:
+        same &= first * other > 0
+    return np.where(same, first, np.nan)
+
+
+def before(of: Viewpoint, direction: int) -> np.ndarray:  # [S, N, N]
+    """How much earlier i comes along a direction: each centre lies beyond the other's side, and APART."""
+    bar = larger(of.reach[:, direction]) + APART * larger(of.far)
+    return decided(difference(of.along[:, direction]), bar)
+
+
+def left_of(of: Viewpoint) -> np.ndarray:
+    """Left in the image, left with the horizon made level, and at another angle: a rolled camera leaves no doubt."""
+    return agreeing(before(of, 2), before(of, 0), decided(difference(of.slope), SIDEWAYS))
+
+
+def in_front_of(of: Viewpoint) -> np.ndarray:
+    return agreeing(before(of, 3), before(of, 1))
+
+
+def above(views: Views) -> np.ndarray:
+    """The centre of the upper lies above the top of the lower, whose own centre lies below the bottom of the upper."""
+    height, half = views.table.centre[:, 2], views.table.extent[:, 2] / 2
+    return decided(-difference(height), larger(half) + APART * larger(views.here.far))
+
+
+def along_world(axis: int) -> Callable[[Views], np.ndarray]:
+    def value(views: Views) -> np.ndarray:
+        reach = np.abs(half_axes(views.table)[:, :, axis]).sum(1)
+        bar = larger(reach) + APART * larger(views.here.far)
+        return decided(-difference(views.table.centre[:, axis]), bar)
+
+    return value
+
+
+def nearer(distance: np.ndarray) -> np.ndarray:  # [..., N] -> [..., N, N], as a logarithm of the ratio
+    return decided(difference(np.log(distance)), np.log1p(FARTHER))
+
+
+def reaches_higher(views: Views) -> np.ndarray:
+    top = views.table.centre[:, 2] + views.table.extent[:, 2] / 2
+    return decided(-difference(top), APART * larger(views.here.far))
+
+
+def larger_side(axis: int) -> Callable[[Views], np.ndarray]:
+    return lambda views: decided(-difference(np.log(size(views, axis))), np.log1p(LARGER))
+
+
+def bigger(views: Views) -> np.ndarray:
+    return decided(-difference(np.log(volume(views.table))), np.log1p(BIGGER))
+
+
+def volume(table: ObjectTable) -> np.ndarray:  # [N]
+    return np.maximum(table.extent, np.finfo(float).tiny).prod(1)
+
+
+def size(views: Views, axis: int) -> np.ndarray:  # [N]
+    return np.maximum(views.table.extent[:, axis], np.finfo(float).tiny)
+
+
+def side(axis: int) -> Callable[[Views], np.ndarray]:
+    return lambda views: np.broadcast_to(views.table.extent[:, axis], views.seen.shape)
+
+
+def apart(axes: slice) -> Callable[[Views], np.ndarray]:
+    return lambda views: np.sqrt((difference(views.table.centre.T[axes]) ** 2).sum(0))
+
+
+def vertical_distance(views: Views) -> np.ndarray:
+    return decided(np.abs(difference(views.table.centre[:, 2])), LEVEL * larger(views.table.extent[:, 2]))
+
+
+def clock(views: Views) -> np.ndarray:
+    """The hour at which j lies from i: 12 is the way the camera looks, 3 to its right, seen from above."""
+    right, ahead = difference(views.here.along[:, 2]), difference(views.here.along[:, 3])
+    hours = np.arctan2(right, ahead) * (6 / np.pi) % 12
+    clear = (np.hypot(right, ahead) >= larger(views.table.extent[:, 0]) / 2) & (abs(hours % 1 - 0.5) >= HOUR)
+    return np.where(clear, hours, np.nan)
+
+
+BEYOND = Margin(APART, "of the distance to the farther one, beyond half the larger extent")
+SIZE, TIMES, VALUE = (
+    Margin(LARGER, "of the smaller"),
+    Margin(FARTHER, "of the smaller"),
+    Margin(ROUNDED, "of the value"),
+)
+
+RELATIONS = (
+    # name, level, kind, arity, metric, upright, complete, unit, margin, of
+    Relation("distance_from_camera", 1, "quantitative", 1, True, False, "", "m", VALUE, lambda v: v.nearest),
+    Relation("height", 1, "quantitative", 1, True, True, "z", "m", VALUE, side(2)),
+    Relation("width", 1, "quantitative", 1, True, True, "y", "m", VALUE, side(1)),
+    Relation("length", 1, "quantitative", 1, True, True, "xy", "m", VALUE, side(0)),
+    Relation("left_of", 2, "qualitative", 2, False, False, "", "", BEYOND, lambda v: left_of(v.here)),
+    Relation("above", 2, "qualitative", 2, False, True, "z", "", BEYOND, above),
+    Relation("in_front_of", 2, "qualitative", 2, False, False, "xy", "", BEYOND, lambda v: in_front_of(v.here)),
+    Relation("north_of", 2, "qualitative", 2, False, True, "xy", "", BEYOND, along_world(1)),
+    Relation("east_of", 2, "qualitative", 2, False, True, "xy", "", BEYOND, along_world(0)),
+    Relation("nearer", 2, "qualitative", 2, False, False, "", "", TIMES, lambda v: nearer(v.nearest)),
+    Relation(
+        "reaches_higher", 2, "qualitative", 2, False, True, "z", "",
+        Margin(APART, "of the distance to the farther one"), reaches_higher,
+    ),
+    Relation("taller", 2, "qualitative", 2, False, True, "z", "", SIZE, larger_side(2)),
+    Relation("wider", 2, "qualitative", 2, False, True, "y", "", SIZE, larger_side(1)),
+    Relation("longer", 2, "qualitative", 2, False, True, "xy", "", SIZE, larger_side(0)),
+    Relation("bigger", 2, "qualitative", 2, False, True, "xyz", "", Margin(BIGGER, "of the smaller volume"), bigger),
+    Relation("distance", 2, "quantitative", 2, True, False, "xyz", "m", VALUE, apart(slice(3))),
+    Relation("horizontal_distance", 2, "quantitative", 2, True, True, "xy", "m", VALUE, apart(slice(2))),
+    Relation("vertical_distance", 2, "quantitative", 2, True, True, "z", "m", VALUE, vertical_distance),
+    Relation("clock", 2, "quantitative", 2, False, True, "xy", "h", Margin(HOUR, "h from the half hour"), clock),
+    Relation("left_of_from_last", 3, "qualitative", 2, False, False, "xy", "", BEYOND, lambda v: left_of(v.there)),
+    Relation("nearer_from_last", 3, "qualitative", 2, False, False, "xyz", "", TIMES, lambda v: nearer(v.there.far)),
+)  # fmt: skip
+BY_NAME = {relation.name: relation for relation in RELATIONS}
