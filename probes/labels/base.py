@@ -49,6 +49,7 @@ class Labels(ABC):
     class_names: tuple[str, ...] = ()  # [K], if it has tag_pixel_counts
     relation_names: tuple[str, ...] = ()  # of what relations may ask
     selection: FrameSelection = FrameSelection()  # its start and stride say which source frame is which label's
+    metric: bool = True  # whether lengths are metres
 
     def __init__(self, root: str | Path):
         self.root = Path(root)

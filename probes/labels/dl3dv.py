@@ -26,11 +26,12 @@ class DL3DVLabels(Labels):
     """Geometry: depth, points, cameras. Each scene has a scale of its own."""
 
     names, selection = tuple(TENSORS), FrameSelection(start="start_idx")
+    metric = False
 
     def __init__(self, root: str | Path):
         super().__init__(root)
         if (made := self.root / SPEC).exists():
-            self.selection = read_spec(made).frames
+            self.selection, self.metric = read_spec(made).frames, True  # what teachers give is in metres
 
     def ids(self, split: str | None = None) -> list[str]:
         if split is not None:
