@@ -115,10 +115,20 @@ def publish_first(temp: Path, final: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a new file, to the disk itself."""
-    with path.open("x") as file:
+    with path.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file of which nobody sees a part, in the place of one that is there. For a folder that is no store."""
+    make_folder(path.parent)
+    run = RunFolder(path.parent / ".tmp")
+    temp = run.file()
+    write_text(temp, text)
+    publish(temp, path)
+    run.close()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from spatialprobe.engine.durable import RunFolder, make_folder, publish, write_text
+from spatialprobe.engine.durable import write_whole
 
 
 @dataclass
@@ -38,12 +38,7 @@ def split_hash(val_ids: Sequence[str]) -> str:
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
     """JSON, whole or not at all; what is not a number is null there."""
-    make_folder(path.parent)
-    run = RunFolder(path.parent / ".tmp")
-    temp = run.file()
-    write_text(temp, json.dumps([_plain(asdict(result)) for result in results], indent=1))
-    publish(temp, path)
-    run.close()
+    write_whole(path, json.dumps([_plain(asdict(result)) for result in results], indent=1))
 
 
 def read_results(path: Path) -> list[Result]:

@@ -1,0 +1,1 @@
+"""`engine report`: one page of what probes found, from the files that they wrote."""

@@ -1,0 +1,34 @@
+"""`engine report`: files of results in, one page out."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add_report_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds `report` to the commands; nothing heavy is imported before it runs."""
+    sub = command("report", report, "one page of what probes found: tables, maps, charts, and all that made them")
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="a results.json, or a folder above some")
+    sub.add_argument("--out", required=True, metavar="PAGE", help="HTML file to write, whole or not at all")
+    sub.add_argument("--title", metavar="TEXT", default="What frozen features know about space")
+
+
+def report(args: argparse.Namespace) -> int:
+    from spatialprobe.engine.durable import write_whole
+    from spatialprobe.probes.report.collect import collect
+    from spatialprobe.probes.report.page import render
+    from spatialprobe.probes.report.study import make_study
+
+    out = Path(args.out)
+    if out.is_dir():
+        raise ValueError(f"out must be an HTML file, got the folder {out}")
+    collection = collect(args.runs)
+    if not collection.runs:
+        raise ValueError("none of the files could be read: " + "; ".join(collection.unread.values()))
+    write_whole(out, render(make_study(collection), args.title))
+    probes = sum(len(run.results) for run in collection.runs)
+    print(f"{out}: {probes} probes of {len(collection.runs)} runs, {out.stat().st_size / 1e6:.2f} MB")
+    for path, why in collection.unread.items():
+        print(f"not read: {path}: {why}", file=sys.stderr)
+    return 1 if collection.unread else 0
