@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from spatialprobe.probes.loop import evaluate, train
     from spatialprobe.probes.tasks.geometry import GEOMETRY
     from spatialprobe.probes.tasks.instance import INSTANCE
+    from spatialprobe.probes.tasks.relation import RELATION
     from spatialprobe.probes.tasks.tagging import TAGGING
 
 _HOME = {
@@ -19,6 +20,7 @@ _HOME = {
     "loop": ("evaluate", "train"),
     "tasks.geometry": ("GEOMETRY",),
     "tasks.instance": ("INSTANCE",),
+    "tasks.relation": ("RELATION",),
     "tasks.tagging": ("TAGGING",),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -27,6 +29,7 @@ __all__ = [
     "GEOMETRY",
     "HDBSCAN",
     "INSTANCE",
+    "RELATION",
     "TAGGING",
     "FeatureLoader",
     "evaluate",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spatialprobe.probes.loop import TrainProgress
 
-TASK_NAMES = ("tagging", "instance", "geometry")
+TASK_NAMES = ("tagging", "instance", "geometry", "relation")
 
 
 def add_probe_command(command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -33,7 +33,7 @@ LABELS = {  # name -> dtype, shape of S frames, meaning
         torch.float32,
         "S P 4",
         "P questions of each frame: relation, an index into `relation_names`, -1 in rows that ask nothing; id of the "
-        "object it is asked of; id of the other one, or 0; answer, 1 or 0 for yes or no, else a length",
+        "object it is asked of; id of the other one, or 0; answer: 1 or 0 for yes or no, a length, or 0 .. 12 hours",
     ),
 }
 FREE = ("H", "W", "P")  # sizes that a dataset chooses
