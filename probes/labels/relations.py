@@ -33,9 +33,9 @@ def relation_rows(
 ) -> Tensor:
     """The label `relations`, float32 [S, P, 4]: relation (-1: the row asks nothing), id, other id or 0, answer.
 
-    Where a view has more questions than rows, relations have as many each as far as they go, half of them yes (of
-    quantities, any half); which ones is drawn from the clip's id and the frame, in an order of objects that their ids
-    and their order in the table do not change. Questions that the relations' own rules leave open are not asked.
+    Where a view has more questions than rows, relations have equally many as far as they go, with as many yes as no;
+    which ones is drawn from the clip's id and the frame, whatever the objects' ids and their order in the table.
+    Questions that the relations' own rules leave open are not asked.
     """
     order = np.lexsort(table.centre.T)
     values = measured(table, np.asarray(views))[:, :, order][..., order]  # [R, S, N, N]
@@ -73,10 +73,11 @@ def chosen(
     """Indices into `values` of the questions taken: the least drawn of every relation and answer, then the next."""
     asked = np.nonzero(np.isfinite(values))
     at, relation = draw[asked], asked[0]
-    group = 2 * relation + np.where(YES_OR_NO[relation], values[asked] > 0, at < 0.5)
+    group = 2 * relation + (YES_OR_NO[relation] & (values[asked] > 0))
     by_group = np.lexsort((at, group))
     starts = np.searchsorted(group[by_group], group[by_group])
-    rank = np.empty(len(group), np.int64)
-    rank[by_group] = np.arange(len(group)) - starts
-    taken = np.lexsort((group, rank))[:rows]
+    turn = np.empty(len(group), np.int64)
+    turn[by_group] = np.arange(len(group)) - starts
+    turn[~YES_OR_NO[relation]] //= 2  # two at a time, as a yes and a no are
+    taken = np.lexsort((group, turn))[:rows]
     return tuple(x[taken] for x in asked)
