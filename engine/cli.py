@@ -188,8 +188,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--query", metavar="FRAMES", help="frames shown to the model (default: the family's)")
 
     from spatialprobe.probes.cli import add_probe_command  # the one place where the engine knows of probes
+    from spatialprobe.probes.report.cli import add_report_command
+    from spatialprobe.probes.study.cli import add_study_command
 
     add_probe_command(command)
+    add_study_command(command, EXTRACT_WORDS)
+    add_report_command(command)
     sub = command("demo", demo, "render scenes, build tiny models, extract, train probes, and write a page about it")
     sub.add_argument("--out", default="demo", help="folder to write (default: demo)")
     return top

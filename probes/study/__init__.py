@@ -1,0 +1,1 @@
+"""`engine study`: several encoders, with and without their positions, on every axis."""
