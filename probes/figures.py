@@ -250,6 +250,38 @@ def _panels(
     return figure, axes
 
 
+# -- bars -------------------------------------------------------------------------------------------------------------
+
+
+def bar_figure(
+    panels: Mapping[str, Mapping[str, float]],  # what is measured -> name -> share of 1
+    path: str | Path,
+    *,
+    chance: Mapping[str, float] | None = None,  # what is measured -> what guessing scores, a dashed line
+    title: str = "",
+) -> None:
+    """A panel per measure, a horizontal bar per name with its number beside it; 0 to 1. Raises ValueError for none."""
+    panels, chance = {name: bars for name, bars in panels.items() if bars}, chance or {}
+    if not panels:
+        raise ValueError("bars need at least one number, got none")
+    counts = [len(bars) for bars in panels.values()]
+    with _styled():
+        figure = Figure((WIDTH, 0.27 * sum(counts) + 0.65 * len(counts) + 0.4), layout="constrained")
+        axes = figure.subplots(len(panels), squeeze=False, height_ratios=counts)[:, 0]
+        for ax, (measure, bars) in zip(axes, panels.items(), strict=True):
+            ax.barh(range(len(bars)), list(bars.values()), height=0.7, color=COLOURS[0])
+            for place, value in enumerate(bars.values()):
+                ax.text(min(max(value, 0), 1) + 0.01, place, f"{value:.2f}", va="center")
+            if measure in chance:
+                ax.axvline(chance[measure], color="#222222", lw=1.2, ls=(0, (4, 3)))
+            ax.set_yticks(range(len(bars)), list(bars))
+            ax.set(xlim=(0, 1.1), ylim=(len(bars) - 0.5, -0.5), xticks=np.linspace(0, 1, 5))
+            ax.set_title(measure + (" (dashed: guessing)" if measure in chance else ""), loc="left")
+            ax.tick_params(axis="y", length=0)
+        _suptitle(figure, title)
+        _save(figure, path)
+
+
 # -- layer x step map -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from spatialprobe.engine.reading.rows import FeatureSource
 from spatialprobe.probes.batches import Batch
 from spatialprobe.probes.checkpoint import load_probe
 from spatialprobe.probes.data import FeatureLoader
-from spatialprobe.probes.figures import curve_figure, depth_figure, instance_figure, layer_step_figure
+from spatialprobe.probes.figures import bar_figure, curve_figure, depth_figure, instance_figure, layer_step_figure
 from spatialprobe.probes.labels import Labels
 from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.pointcloud import write_ply
@@ -24,12 +24,19 @@ from spatialprobe.probes.training import joined
 
 log = logging.getLogger(__name__)
 
+RELATION_BARS = {  # metric -> how it is called in a picture
+    "balanced_accuracy": "balanced accuracy of yes and no",
+    "within_25": "lengths off by at most 25%",
+    "within_one_hour": "directions off by at most an hour of the clock",
+}
+
 
 def draw_run(folder: Path, results: Sequence[Result], sources: Sequence[FeatureSource], labels: Labels) -> list[Path]:
     """The pictures of a run that `train` wrote to `folder`; returns their files.
 
     curve.png: losses and score per epoch. layers.png: the score by layer and step, where the grid has several.
-    instance.png, or depth.png and points.ply: what the best probe says of the first validation clip.
+    instance.png, or depth.png and points.ply: what the best probe says of the first validation clip. relations.png: the
+    best probe's score of every relation.
     """
     task, made = TASKS[results[0].task], []
     score = task.score if task.score not in ("loss", "last") else "loss"
@@ -43,12 +50,26 @@ def draw_run(folder: Path, results: Sequence[Result], sources: Sequence[FeatureS
     if len(places) > 1 and whole:
         made.append(folder / "layers.png")
         _layer_steps(whole, task.shown or score, task.higher_is_better, made[-1])
-    if whole and task.name in DRAWN:
+    if whole and task.name in (*DRAWN, "relation"):
         sign = -1 if task.higher_is_better and score != "loss" else 1
         best = min((i for i, r in enumerate(results) if r.metrics), key=lambda i: sign * results[i].metrics[score])
+        if task.name == "relation":
+            return made + _draw_relations(folder, results[best])
         file = folder / f"probe-{best:03d}.safetensors"
         made += DRAWN[task.name](folder, *_first_clip(file, sources, labels, results[best].skipped))
     return made
+
+
+def _draw_relations(folder: Path, result: Result) -> list[Path]:
+    """Nothing where no relation was scored."""
+    of_each = {
+        title: {n.split("/")[1]: x for n, x in result.metrics.items() if n.startswith(f"{name}/") and "/level" not in n}
+        for name, title in RELATION_BARS.items()
+    }
+    if not any(of_each.values()):
+        return []
+    bar_figure(of_each, folder / "relations.png", chance={RELATION_BARS["balanced_accuracy"]: 0.5}, title=result.task)
+    return [folder / "relations.png"]
 
 
 def _layer_steps(results: Sequence[Result], metric: str, higher: bool, path: Path) -> None:

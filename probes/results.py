@@ -46,9 +46,9 @@ def read_results(path: Path) -> list[Result]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line per probe: the settings in which they differ, then their metrics."""
+    """A line per probe: the settings in which they differ, then their metrics, of "a/b" (of a part) only "a"."""
     configs = varied(results)
-    metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
+    metrics = list(dict.fromkeys(name for result in results for name in result.metrics if "/" not in name))
     rows = [[*configs[0], *metrics, ""]]
     for config, result in zip(configs, results, strict=True):
         numbers = [_short(result.metrics.get(name)) for name in metrics]
