@@ -62,7 +62,7 @@ def probe(args: argparse.Namespace) -> int:
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     labels = open_labels(args.labels, **({} if args.classes is None else {"classes": args.classes}))
     sources = [open_source(path) for path in args.features]
-    settings = {name: _value(value) for name, value in _pairs(args.set).items()}
+    settings = {name: value_of(value) for name, value in pairs_of(args.set).items()}
     TASKS[args.task].defaults.with_settings(**settings)  # else a name such as `out` would be an argument of `train`
     shown = Bar() if first else lambda state: None
     try:
@@ -70,7 +70,7 @@ def probe(args: argparse.Namespace) -> int:
             TASKS[args.task],
             sources,
             labels,
-            grid={name: [_value(v) for v in values.split(",")] for name, values in _pairs(args.grid).items()},
+            grid={name: [value_of(v) for v in values.split(",")] for name, values in pairs_of(args.grid).items()},
             val=args.val,
             out=args.out,
             device=device,
@@ -97,7 +97,7 @@ def probe(args: argparse.Namespace) -> int:
     return 1 if skipped or any(result.stopped.startswith("the loss") for result in results) else 0
 
 
-def _pairs(words: Sequence[str]) -> dict[str, str]:
+def pairs_of(words: Sequence[str]) -> dict[str, str]:
     """{name: value} of NAME=VALUE words. Raises ValueError for other words, and for a name given twice."""
     pairs = {}
     for word in words:
@@ -110,7 +110,7 @@ def _pairs(words: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A number, true, false or null as in JSON, else the text itself."""
     try:
         return json.loads(text)

@@ -1,12 +1,13 @@
 """`engine study`: words in; stores, probes and one table out."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialprobe.probes.cli import TASK_NAMES, Bar, _pairs, _value
+from spatialprobe.probes.cli import TASK_NAMES, Bar, pairs_of, value_of
 
 if TYPE_CHECKING:
     from spatialprobe.probes.labels import Labels
@@ -56,6 +57,8 @@ def study(args: argparse.Namespace) -> int:
     from spatialprobe.probes.study.run import run_study
     from spatialprobe.probes.study.table import study_table
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a study is one process: --devices shares extraction among GPUs, and each probe takes one")
     asked = read_study(args)
     if args.dry_run:
         return print_plan(asked)
@@ -76,7 +79,7 @@ def read_study(args: argparse.Namespace) -> "Study":
 
     labels = open_labels(args.labels, **({} if args.classes is None else {"classes": args.classes}))
     tasks = args.tasks.split(",") if args.tasks else tasks_of(labels)
-    options = _pairs(args.option) | ({"size": args.size} if args.size else {})
+    options = pairs_of(args.option) | ({"size": args.size} if args.size else {})
     given = {name: getattr(args, name) for name in ("clips", *JOB_WORDS)}
     return Study(
         out=Path(args.out),
@@ -84,7 +87,7 @@ def read_study(args: argparse.Namespace) -> "Study":
         pos_embed=tuple(args.pos_embed.split(",")),
         words={name: value for name, value in given.items() if value is not None} | {"options": options},
         labels=labels,
-        axes=settings_of(tasks, _pairs(args.set)),
+        axes=settings_of(tasks, pairs_of(args.set)),
         position=tuple(args.position.split(",")),
         seeds=tuple(numbers("seeds", args.seeds)) if args.seeds else (),
         val=args.val,
@@ -134,7 +137,7 @@ def settings_of(tasks: list[str], pairs: Mapping[str, str]) -> dict[str, dict[st
             )
             raise ValueError(f"no setting of {', '.join(tasks)} is called {word}; there are {choices}")
         for each in meant:
-            settings[each][name] = _value(value)
+            settings[each][name] = value_of(value)
     return settings
 
 

@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.durable import RunFolder, StoreFull, make_folder, publish, write_text
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.processes.workers import run_workers
 from spatialprobe.engine.progress import summary
+from spatialprobe.engine.report import Report
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Refused
@@ -105,12 +108,12 @@ def extracted(study: Study, part: Part, tell: Callable[[str], object]) -> Featur
     """The part's store, whole. Raises ValueError if it cannot be."""
     job = study.job(part)
     check_views(study, job)
-    if job.devices:
-        report, root = run_workers(job)
-    else:
-        report, store = run_job(job)
-        root = store.root
-    gc.collect()  # of the model, whose hooks hold it in a circle: the probes want the device's memory
+    tf32 = torch.backends.cudnn.allow_tf32  # extraction turns it off, in a run that finds nothing to do it does not
+    try:
+        report, root = run_workers(job) if job.devices else run_here(job)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        gc.collect()  # the model, whose hooks hold it in a circle: the probes want the device's memory
     tell(summary(report, root).splitlines()[0])
     if report.interrupted:
         raise KeyboardInterrupt
@@ -120,6 +123,11 @@ def extracted(study: Study, part: Part, tell: Callable[[str], object]) -> Featur
         some = "; ".join(f"{clip_id} {why}" for clip_id, why in list(report.failures.items())[:3])
         raise ValueError(f"{report.failed} clips failed, so its numbers would be of other clips: {some}")
     return FeatureStore.open(root)
+
+
+def run_here(job: Job) -> tuple[Report, Path]:
+    report, store = run_job(job)
+    return report, store.root
 
 
 def check_views(study: Study, job: Job) -> None:
