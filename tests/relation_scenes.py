@@ -5,7 +5,6 @@ import torch
 
 from spatialprobe.engine.demo.scenes import look_at
 from spatialprobe.engine.lifting.objects import ObjectTable
-from spatialprobe.engine.questions.views import half_axes
 from spatialprobe.probes.sampling import generator
 
 GRID, FINE, FRAMES = (10, 14), 2, 9  # patches, pixels along a patch's side, frames of a clip
@@ -39,9 +38,10 @@ def boxes_of(number: int, *, objects: int = 7, frames: int = FRAMES) -> tuple[Ob
         sample_ids=np.zeros((frames, 1), np.int64),
     )  # fmt: skip
     masks = np.zeros((frames, *GRID), np.uint16)
-    corners = half_axes(table)
-    signs = np.array(np.meshgrid(*[(-1, 1)] * 3)).reshape(3, 8).T
-    corners = centre[:, None] + np.einsum("ks,nsi->nki", signs, corners)  # [N, 8, 3]
+    cos, sin, zero = np.cos(yaw), np.sin(yaw), np.zeros(objects)
+    turn = np.stack([cos, -sin, zero, sin, cos, zero, zero, zero, zero + 1], 1).reshape(-1, 3, 3)
+    signs = np.array(np.meshgrid(*[(-0.5, 0.5)] * 3)).reshape(3, 8).T
+    corners = centre[:, None] + (signs * extent[:, None]) @ turn.swapaxes(1, 2)  # [N, 8, 3]
     for f, pose in enumerate(poses):
         seen = (corners - pose[:3, 3]) @ pose[:3, :3]  # camera coordinates
         far = np.linalg.norm(centre - pose[:3, 3], axis=1)
