@@ -1,11 +1,21 @@
 """Many small rooms of boxes with object tables and masks of a few cells: no rendering, every number exact."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from spatialprobe.engine.demo.scenes import look_at
 from spatialprobe.engine.lifting.objects import ObjectTable
+from spatialprobe.engine.store import FeatureStore
+from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
+from spatialprobe.kernels.pool_features import finish
+from spatialprobe.probes.labels import Labels
+from spatialprobe.probes.labels.relations import NAMES, relation_rows
 from spatialprobe.probes.sampling import generator
+
+Room = tuple[ObjectTable, np.ndarray]  # its objects, and masks uint16 [V, H, W]
 
 GRID, FINE, FRAMES = (10, 14), 2, 9  # patches, pixels along a patch's side, frames of a clip
 SIZE = (GRID[0] * FINE, GRID[1] * FINE)
@@ -13,7 +23,7 @@ CHANNELS = 64
 WAVES = (24.0, 12.0, 5.0)  # metres, of true features; of sizes in thirds of e-fold
 
 
-def boxes_of(number: int, *, objects: int = 7, frames: int = FRAMES) -> tuple[ObjectTable, np.ndarray]:
+def boxes_of(number: int, *, objects: int = 7, frames: int = FRAMES) -> Room:
     """A table of `objects` boxes in a room of 6 x 6 x 3 m before a moving camera, and masks uint16 [V, H, W].
 
     A mask's cells are patches, each of the nearest object whose box reaches its centre on the image. Boxes may overlap:
@@ -83,3 +93,48 @@ def noise_features(table: ObjectTable, masks: np.ndarray, *, per_object: bool = 
             for i in table.ids:
                 x[f][cells == i] = rng.standard_normal(CHANNELS)
     return torch.from_numpy(x)
+
+
+def write_rooms(root: Path, rooms: dict[str, Room], features: Callable[..., torch.Tensor]) -> FeatureStore:
+    """A store of `features(table, masks)` of frames 0, 1 and 5, as rows 0, 1, 2; its name is its weights'."""
+    about = {"family": "wan", "weights": f"content:{root.name}", "layers": (3,), "pool": GRID}
+    spec, rows = FeatureSpec(**about, frames=FrameSelection(window=FRAMES)), [(f + 3) // 4 for f in range(FRAMES)]
+    store = FeatureStore.create(root, spec)
+    for clip_id, room in rooms.items():
+        tensors = finish(features(*room)[[0, 1, 5]], torch.float16).named(tensor_name(3))
+        provenance = {"grid": [3, *GRID], "rows_kept": [0, 1, 2], "padded": 0}
+        store.write(clip_id, tensors, torch.tensor(rows), provenance)
+    return FeatureStore.open(root)
+
+
+class RoomLabels(Labels):
+    """Questions and masks of such rooms, in memory."""
+
+    names, relation_names = ("relations", "instance_masks"), NAMES
+
+    def __init__(self, rooms: dict[str, Room], *, rows: int = 128):
+        super().__init__("rooms")
+        self.rooms, self.rows = rooms, rows
+
+    def ids(self, split: str | None = None) -> list[str]:
+        if split is not None:
+            raise ValueError("rooms have no splits")
+        return sorted(self.rooms)
+
+    def path(self, clip_id: str) -> Path:
+        return self.root / clip_id
+
+    def frames(self, clip_id: str) -> int:
+        return self._frames(self.path(clip_id))
+
+    def read(self, clip_id: str, frames: Sequence[int], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        return self._read(self.path(clip_id), list(frames), wanted)
+
+    def _frames(self, path: Path) -> int:
+        return FRAMES
+
+    def _read(self, path: Path, frames: list[int], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        table, masks = self.rooms[path.name]
+        read = {"relations": relation_rows(table, frames, self.rows)}
+        read["instance_masks"] = torch.from_numpy(masks[frames].astype(np.int32))
+        return {name: read[name] for name in wanted}
