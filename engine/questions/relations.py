@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from spatialprobe.engine.lifting.objects import ObjectTable
-from spatialprobe.engine.questions.views import Viewpoint, Views, half_axes, look
+from spatialprobe.engine.questions.views import Viewpoint, Views, look
 
 APART = 0.05  # of the distance to the farther one, which centres must lie apart beyond half the larger object
 SIDEWAYS = 0.05  # of the distance ahead, which the directions of left and right must differ by: 3 degrees
@@ -45,15 +45,15 @@ class Relation:
     complete: str  # axes of a box that must have been seen whole: letters of "xyz"
     unit: str  # of a quantity: "m", or "h" of a clock's face (12 is ahead of the camera; it wraps round); else ""
     margin: Margin
-    of: Callable[[Views], np.ndarray]  # [S, N] or [S, N, N], NaN where undecided; does not look at what is seen
+    of: Callable[[Views], np.ndarray]  # [R, N] or [R, N, N], NaN where undecided; does not look at what is seen
 
-    def values(self, views: Views) -> np.ndarray:  # float64 [S, N] or [S, N, N]
+    def values(self, views: Views) -> np.ndarray:  # float64 [R, N] or [R, N, N]
         """For each view; qualitative: > 0 means yes. NaN: not to be asked (not well seen, not complete, undecided)."""
-        table, usable = views.table, views.seen
-        if (self.metric and not table.metric) or (self.upright and not table.upright):
+        usable = views.seen
+        if (self.metric and not views.metric) or (self.upright and not views.upright):
             return np.full(usable.shape + usable.shape[1:] * (self.arity - 1), np.nan)
         if self.complete:
-            usable = usable & table.complete[:, ["xyz".index(axis) for axis in self.complete]].all(1)
+            usable = usable & views.complete[..., ["xyz".index(axis) for axis in self.complete]].all(2)
         if self.arity == 2:
             usable = usable[:, :, None] & usable[:, None, :] & ~np.eye(usable.shape[1], dtype=bool)
         return np.where(usable, self.of(views), np.nan)
@@ -83,7 +83,7 @@ def agreeing(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
     return np.where(same, first, np.nan)
 
 
-def before(of: Viewpoint, direction: int) -> np.ndarray:  # [S, N, N]
+def before(of: Viewpoint, direction: int) -> np.ndarray:  # [R, N, N]
     """How much earlier i comes along a direction: each centre lies beyond the other's side, and APART."""
     bar = larger(of.reach[:, direction]) + APART * larger(of.far)
     return decided(difference(of.along[:, direction]), bar)
@@ -100,15 +100,14 @@ def in_front_of(of: Viewpoint) -> np.ndarray:
 
 def above(views: Views) -> np.ndarray:
     """The centre of the upper lies above the top of the lower, whose own centre lies below the bottom of the upper."""
-    height, half = views.table.centre[:, 2], views.table.extent[:, 2] / 2
-    return decided(-difference(height), larger(half) + APART * larger(views.here.far))
+    bar = larger(views.extent[..., 2] / 2) + APART * larger(views.here.far)
+    return decided(-difference(views.centre[..., 2]), bar)
 
 
 def along_world(axis: int) -> Callable[[Views], np.ndarray]:
     def value(views: Views) -> np.ndarray:
-        reach = np.abs(half_axes(views.table)[:, :, axis]).sum(1)
-        bar = larger(reach) + APART * larger(views.here.far)
-        return decided(-difference(views.table.centre[:, axis]), bar)
+        reach = np.abs(views.half[..., 0, axis]) + np.abs(views.half[..., 1, axis])
+        return decided(-difference(views.centre[..., axis]), larger(reach) + APART * larger(views.here.far))
 
     return value
 
@@ -117,53 +116,53 @@ def nearer(distance: np.ndarray) -> np.ndarray:  # [..., N] -> [..., N, N], as a
     return decided(difference(np.log(distance)), np.log1p(FARTHER))
 
 
+def top(views: Views) -> np.ndarray:  # [R, N]
+    return views.centre[..., 2] + views.extent[..., 2] / 2
+
+
 def reaches_higher(views: Views) -> np.ndarray:
-    top = views.table.centre[:, 2] + views.table.extent[:, 2] / 2
-    return decided(-difference(top), APART * larger(views.here.far))
-
-
-def larger_side(axis: int) -> Callable[[Views], np.ndarray]:
-    return lambda views: decided(-difference(np.log(size(views, axis))), np.log1p(LARGER))
-
-
-def bigger(views: Views) -> np.ndarray:
-    return decided(-difference(np.log(volume(views.table))), np.log1p(BIGGER))
-
-
-def volume(table: ObjectTable) -> np.ndarray:  # [N]
-    return np.maximum(table.extent, np.finfo(float).tiny).prod(1)
-
-
-def size(views: Views, axis: int) -> np.ndarray:  # [N]
-    return np.maximum(views.table.extent[:, axis], np.finfo(float).tiny)
+    return decided(-difference(top(views)), APART * larger(views.here.far))
 
 
 def side(axis: int) -> Callable[[Views], np.ndarray]:
-    return lambda views: np.broadcast_to(views.table.extent[:, axis], views.seen.shape)
+    return lambda views: views.extent[..., axis]
 
 
-def apart(axes: slice) -> Callable[[Views], np.ndarray]:
-    return lambda views: np.sqrt((difference(views.table.centre.T[axes]) ** 2).sum(0))
+def volume(views: Views) -> np.ndarray:  # [R, N]
+    return views.extent[..., 0] * views.extent[..., 1] * views.extent[..., 2]
+
+
+def larger_by(size: Callable[[Views], np.ndarray], share: float) -> Callable[[Views], np.ndarray]:
+    return lambda views: decided(-difference(np.log(np.maximum(size(views), 1e-12))), np.log1p(share))
+
+
+def centres_apart(views: Views) -> np.ndarray:
+    return np.sqrt(sum(difference(views.centre[..., axis]) ** 2 for axis in range(3)))
+
+
+def horizontally_apart(views: Views) -> np.ndarray:
+    return np.hypot(difference(views.centre[..., 0]), difference(views.centre[..., 1]))
 
 
 def vertical_distance(views: Views) -> np.ndarray:
-    return decided(np.abs(difference(views.table.centre[:, 2])), LEVEL * larger(views.table.extent[:, 2]))
+    return decided(np.abs(difference(views.centre[..., 2])), LEVEL * larger(views.extent[..., 2]))
 
 
 def clock(views: Views) -> np.ndarray:
     """The hour at which j lies from i: 12 is the way the camera looks, 3 to its right, seen from above."""
     right, ahead = difference(views.here.along[:, 2]), difference(views.here.along[:, 3])
     hours = np.arctan2(right, ahead) * (6 / np.pi) % 12
-    clear = (np.hypot(right, ahead) >= larger(views.table.extent[:, 0]) / 2) & (abs(hours % 1 - 0.5) >= HOUR)
+    clear = (np.hypot(right, ahead) >= larger(views.extent[..., 0]) / 2) & (abs(hours % 1 - 0.5) >= HOUR)
     return np.where(clear, hours, np.nan)
 
 
 BEYOND = Margin(APART, "of the distance to the farther one, beyond half the larger extent")
-SIZE, TIMES, VALUE = (
-    Margin(LARGER, "of the smaller"),
-    Margin(FARTHER, "of the smaller"),
-    Margin(ROUNDED, "of the value"),
-)
+HIGHER = Margin(APART, "of the distance to the farther one")
+SIZE = Margin(LARGER, "of the smaller")
+VOLUME = Margin(BIGGER, "of the smaller volume")
+TIMES = Margin(FARTHER, "of the smaller")
+VALUE = Margin(ROUNDED, "of the value")
+ON_FACE = Margin(HOUR, "h from the half hour")
 
 RELATIONS = (
     # name, level, kind, arity, metric, upright, complete, unit, margin, of
@@ -177,18 +176,15 @@ RELATIONS = (
     Relation("north_of", 2, "qualitative", 2, False, True, "xy", "", BEYOND, along_world(1)),
     Relation("east_of", 2, "qualitative", 2, False, True, "xy", "", BEYOND, along_world(0)),
     Relation("nearer", 2, "qualitative", 2, False, False, "", "", TIMES, lambda v: nearer(v.nearest)),
-    Relation(
-        "reaches_higher", 2, "qualitative", 2, False, True, "z", "",
-        Margin(APART, "of the distance to the farther one"), reaches_higher,
-    ),
-    Relation("taller", 2, "qualitative", 2, False, True, "z", "", SIZE, larger_side(2)),
-    Relation("wider", 2, "qualitative", 2, False, True, "y", "", SIZE, larger_side(1)),
-    Relation("longer", 2, "qualitative", 2, False, True, "xy", "", SIZE, larger_side(0)),
-    Relation("bigger", 2, "qualitative", 2, False, True, "xyz", "", Margin(BIGGER, "of the smaller volume"), bigger),
-    Relation("distance", 2, "quantitative", 2, True, False, "xyz", "m", VALUE, apart(slice(3))),
-    Relation("horizontal_distance", 2, "quantitative", 2, True, True, "xy", "m", VALUE, apart(slice(2))),
+    Relation("reaches_higher", 2, "qualitative", 2, False, True, "z", "", HIGHER, reaches_higher),
+    Relation("taller", 2, "qualitative", 2, False, True, "z", "", SIZE, larger_by(side(2), LARGER)),
+    Relation("wider", 2, "qualitative", 2, False, True, "y", "", SIZE, larger_by(side(1), LARGER)),
+    Relation("longer", 2, "qualitative", 2, False, True, "xy", "", SIZE, larger_by(side(0), LARGER)),
+    Relation("bigger", 2, "qualitative", 2, False, True, "xyz", "", VOLUME, larger_by(volume, BIGGER)),
+    Relation("distance", 2, "quantitative", 2, True, False, "xyz", "m", VALUE, centres_apart),
+    Relation("horizontal_distance", 2, "quantitative", 2, True, True, "xy", "m", VALUE, horizontally_apart),
     Relation("vertical_distance", 2, "quantitative", 2, True, True, "z", "m", VALUE, vertical_distance),
-    Relation("clock", 2, "quantitative", 2, False, True, "xy", "h", Margin(HOUR, "h from the half hour"), clock),
+    Relation("clock", 2, "quantitative", 2, False, True, "xy", "h", ON_FACE, clock),
     Relation("left_of_from_last", 3, "qualitative", 2, False, False, "xy", "", BEYOND, lambda v: left_of(v.there)),
     Relation("nearer_from_last", 3, "qualitative", 2, False, False, "xyz", "", TIMES, lambda v: nearer(v.there.far)),
 )  # fmt: skip
