@@ -4,7 +4,9 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import get_args
 
+from spatialprobe.probes.backbone import Position
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element
 from spatialprobe.probes.report.study import JOINED, Bench, Features, Probes, Study, best_of, number, place, told
@@ -91,8 +93,9 @@ def without_positions(row: Features) -> tuple[str, str, str] | None:
 
 
 def encoder_grid(bench: Bench, grid: dict[tuple[str, str, str], dict[str, list[Probes]]]) -> Html:
-    """For each measure a column per position in the probe; bold is the best of all columns of a measure."""
-    positions = sorted({position for by_position in grid.values() for position in by_position})
+    """For each measure a column per kind of positions in the probe; bold is the best of all columns of a measure."""
+    there = {position for by_position in grid.values() for position in by_position}
+    positions = [p for p in get_args(Position) if p in there] + sorted(there - set(get_args(Position)))
     best = {
         (encoder, position): best_of(probes)
         for encoder, by_position in grid.items()
@@ -110,12 +113,7 @@ def encoder_grid(bench: Bench, grid: dict[tuple[str, str, str], dict[str, list[P
                 line.append(value_cell(x, best=x == top[m], spread=p.spread(m.metric) if p else None))
         lines.append(element("tr", line))
     head = [element("th", "encoder", scope="col", rowspan=2)]
-    head += [
-        element(
-            "th", f"{m.heading}{m.arrow}, by the probe's rotary positions", scope="colgroup", colspan=len(positions)
-        )
-        for m in bench.axis.measures
-    ]
+    head += [element("th", m.heading + m.arrow, scope="colgroup", colspan=len(positions)) for m in bench.axis.measures]
     names = [
         element("th", position, scope="col", class_="number") for _ in bench.axis.measures for position in positions
     ]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spatialprobe.probes.report.charts import curves
-from spatialprobe.probes.report.collect import ProbeRun, StoreFacts
+from spatialprobe.probes.report.collect import ProbeRun
 from spatialprobe.probes.report.markup import Html, element, fold
 from spatialprobe.probes.report.study import Study, model_name, place
 from spatialprobe.probes.report.tables import titled_table, value_cell
@@ -17,14 +17,14 @@ PICTURES = 24_000_000  # bytes of pictures that a page may hold
 PROBES = 400  # lines of one run's table
 
 
-def spec_folds(stores: Sequence[StoreFacts]) -> Iterator[Html]:
-    for facts in stores:
+def spec_folds(study: Study) -> Iterator[Html]:
+    for key, facts in study.collection.stores.items():
         inside = [element("p", "Store ", element("code", facts.name), ", spec ", element("code", facts.spec_hash))]
         if facts.spec is not None:
-            inside.append(code(facts.about | asdict(facts.spec), f"Spec of {model_name(facts)}"))
+            inside.append(code(facts.about | asdict(facts.spec), f"Spec of {study.names[key]}"))
         if facts.missing:
             inside.append(element("p", "Missing: ", "; ".join(facts.missing), ".", class_="note"))
-        yield fold(f"{model_name(facts)}, {facts.spec_hash}", inside)
+        yield fold(study.names[key], inside)
 
 
 def run_folds(study: Study) -> Iterator[Html]:
@@ -98,7 +98,7 @@ def code(fields: dict, label: str) -> Html:
     """JSON in a box that scrolls."""
     body = json.dumps(fields, indent=1, default=str, ensure_ascii=False)
     return element(
-        "figure", element("figcaption", label), element("pre", body, tabindex=0, role="region", aria_label=label)
+        "figure", element("figcaption", label), element("pre", body, tabindex=0, role="group", aria_label=label)
     )
 
 
@@ -107,6 +107,4 @@ def picture(path: Path, data: bytes) -> Html:
     words = {"instance": "A validation clip, its objects, and the groups found in what the best probe says",
              "depth": "A validation clip's depth, and what the best probe says, scaled to the true median"}  # fmt: skip
     said = words.get(path.stem, path.stem)
-    return element(
-        "figure", element("img", alt=said, src=uri, loading="lazy"), element("figcaption", f"{said} ({path.name}).")
-    )
+    return element("figure", element("img", alt=said, src=uri), element("figcaption", f"{said} ({path.name})."))

@@ -5,7 +5,7 @@ from typing import Any
 
 from spatialprobe.probes.report.collect import StoreFacts
 from spatialprobe.probes.report.markup import Html, element, fold
-from spatialprobe.probes.report.study import NONE, model_name, number, size
+from spatialprobe.probes.report.study import NONE, Study, number, size
 from spatialprobe.probes.report.tables import titled_table
 
 COLUMNS = (
@@ -14,13 +14,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def machine_tables(stores: Mapping[tuple[str, str], StoreFacts]) -> Iterator[Html]:
+def machine_tables(study: Study) -> Iterator[Html]:
     """A line per store and run, then the seconds of every stage behind a fold."""
     lines, stages = [], []
-    for facts in stores.values():
+    for key, facts in study.collection.stores.items():
         timed = {name: record for name, record in facts.runs.items() if timing_of(record).get("seconds")}
         for i, (name, record) in enumerate((timed or {"": {}}).items()):
-            title = model_name(facts) if len(timed) < 2 else f"{model_name(facts)}, {name.removesuffix('.json')}"
+            title = study.names[key] + (f", {name.removesuffix('.json')}" if len(timed) > 1 else "")
             disk = disk_cells(facts) if i == 0 else [NONE] * 3
             cells = [element("td", cell) for cell in [*disk, *speed_cells(record)]]
             lines.append(element("tr", element("th", title, scope="row"), cells))

@@ -6,25 +6,25 @@ from collections.abc import Callable, Iterable, Iterator
 
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element
-from spatialprobe.probes.report.study import Bench, Features, Study, best_of
+from spatialprobe.probes.report.study import Features, Study, best_of
 from spatialprobe.probes.report.tables import titled_table, value_cell
 
 SHADES = 9  # of a map's cells
 
 
-def layer_maps(study: Study, bench: Bench) -> Iterator[Html]:
-    """For each row with probes of several layers or steps: the headline number at each, of the best probe there."""
-    measure = bench.axis.headline
-    for row in study.rows:
-        by_place = defaultdict(list)
+def layer_maps(study: Study, row: Features) -> Iterator[Html]:
+    """For each bench with probes of several layers or steps: the first number at each, of the best probe there."""
+    for bench in study.benches if len(row.key) == 1 else ():
+        measure, by_place = bench.axis.headline, defaultdict(list)
         for probes in study.cells.get((row, bench), ()):
             by_place[probes.places].append(probes)
-        if len(row.key) == 1 and len(by_place) > 1:
+        if len(by_place) > 1:
             at = {places[0]: best_of(there) for places, there in by_place.items()}
-            yield layer_map(row, measure, {where: p.mean(measure.metric) for where, p in at.items() if p})
+            values = {where: p.mean(measure.metric) for where, p in at.items() if p}
+            yield layer_map(f"{study.with_title(bench)}: {measure.heading}", row, measure, values)
 
 
-def layer_map(row: Features, measure: Measure, values: dict[tuple[int, int | None], float]) -> Html:
+def layer_map(title: str, row: Features, measure: Measure, values: dict[tuple[int, int | None], float]) -> Html:
     layers = sorted({layer for layer, _ in values})
     steps = sorted({step for _, step in values}, key=lambda step: -1 if step is None else step)
     shade = shades(values.values(), measure)
@@ -38,10 +38,10 @@ def layer_map(row: Features, measure: Measure, values: dict[tuple[int, int | Non
         lines.append(element("tr", line))
     head = [element("th", "block", scope="col")]
     head += [element("th", "no steps" if s is None else f"step {s}", scope="col", class_="number") for s in steps]
-    table = titled_table(f"{measure.heading} of {row.name} by block and step", [element("tr", head)], [
+    table = titled_table(f"{title} of {row.name}, by block and step", [element("tr", head)], [
         element("tbody", lines)
     ], class_="map")  # fmt: skip
-    return element("figure", element("figcaption", row.name), table)
+    return element("figure", element("figcaption", title + measure.arrow), table)
 
 
 def shades(values: Iterable[float], measure: Measure) -> Callable[[float], int | None]:

@@ -46,4 +46,4 @@ def fold(summary: Any, *content: Any, open_: bool = False, **attributes: Any) ->
 
 def scroll(label: str, *content: Any) -> Html:
     """A box that scrolls sideways on its own where what it holds is wider than the page, with the keyboard too."""
-    return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+    return element("div", content, class_="scroll", role="group", aria_label=label, tabindex=0)

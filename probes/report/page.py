@@ -13,13 +13,13 @@ from spatialprobe.probes.report.maps import layer_maps
 from spatialprobe.probes.report.markup import Html, element, fold
 from spatialprobe.probes.report.published import FIGURES, SOURCE
 from spatialprobe.probes.report.relations import relation_tables
-from spatialprobe.probes.report.study import NONE, Bench, Study, number
+from spatialprobe.probes.report.study import NONE, Bench, Study, best_of, number
 from spatialprobe.probes.report.style import CSS
 from spatialprobe.probes.report.tables import study_table
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing from anywhere, and no script
 RANKED = 5  # rows of a card
-SEEN = 6  # maps of an axis that are seen at once; the others unfold
+SEEN = 4  # models whose maps are seen at once; the others unfold
 CHARTS = 4
 
 
@@ -75,9 +75,9 @@ def summary(study: Study) -> str:
     probes = sum(len(run.results) for run in study.collection.runs)
     rows, files = len(study.rows), len(study.collection.runs)
     return (
-        f"What frozen features know about space: {counted(probes, 'probe')} on {counted(rows, 'choice')} of features, "
-        f"from {counted(files, 'run')}. A probe is a small model trained on features of a frozen one; what it "
-        "scores on clips that it was not trained on says what the features hold."
+        f"A probe is a small model that reads features of a large, frozen one. What it scores on clips that it was not "
+        f"trained on says what the features hold. Here are {counted(probes, 'probe')} on {counted(rows, 'choice')} of "
+        f"features, from {counted(files, 'training run')}."
     )
 
 
@@ -86,7 +86,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def report_sections(study: Study) -> Iterator[Section]:
-    yield Section("glance", "At a glance", [element("div", [card(study, b) for b in study.benches], class_="cards")])
+    yield Section("glance", "At a glance", list(glance(study)))
     yield Section("study", "The study's table", list(study_section(study)))
     yield Section("complementarity", "Semantics against geometry", list(scatter_section(study)))
     yield Section("layers", "Layers and noise steps", list(layer_section(study)))
@@ -99,6 +99,16 @@ def report_sections(study: Study) -> Iterator[Section]:
 
 
 # -- at a glance ------------------------------------------------------------------------------------------------------
+
+
+def glance(study: Study) -> Iterator[Html]:
+    """A card per task, of the set of clips that most features were measured on."""
+    cards = []
+    for task in dict.fromkeys(bench.task for bench in study.benches):
+        benches = [bench for bench in study.benches if bench.task == task]
+        cards.append(card(study, max(benches, key=lambda b: sum((row, b) in study.cells for row in study.rows))))
+    if cards:
+        yield element("div", cards, class_="cards")
 
 
 def card(study: Study, bench: Bench) -> Html:
@@ -152,10 +162,13 @@ def study_section(study: Study) -> Iterator[Html]:
 
 
 def study_notes(study: Study) -> Iterator[str]:
+    titles: dict[str, list[str]] = {}
+    for bench in study.benches:
+        titles.setdefault(bench_words(bench), []).append(study.with_title(bench))
+    for words, same in titles.items():
+        yield f"{', '.join(same)}: {words}."
     for task in dict.fromkeys(bench.task for bench in study.benches):
         benches = [bench for bench in study.benches if bench.task == task]
-        for bench in benches:
-            yield f"{study.with_title(bench)}: {bench_words(bench)}."
         if len(benches) > 1:
             yield (
                 f"{benches[0].axis.title} was measured on {len(benches)} sets of data or clips: each has columns of "
@@ -207,14 +220,18 @@ def scatter_section(study: Study) -> Iterator[Html]:
 
 
 def layer_section(study: Study) -> Iterator[Html]:
-    for bench in study.benches:
-        maps = list(layer_maps(study, bench))
-        if maps:
-            measure = bench.axis.headline
-            yield element("h3", f"{study.with_title(bench)}: {measure.heading}{measure.arrow}")
-            yield element("div", maps[:SEEN], class_="maps")
-            if maps[SEEN:]:
-                yield fold(f"{len(maps) - SEEN} more", element("div", maps[SEEN:], class_="maps"))
+    """A row of maps for each model, the first few of which are seen at once."""
+    shown = [(row, maps) for row in study.rows if (maps := list(layer_maps(study, row)))]
+    drawn = [[element("h3", row.name), element("div", maps, class_="maps")] for row, maps in shown]
+    if drawn:
+        yield element(
+            "p",
+            "Blocks are counted from 0; noise steps index the schedule, the noisiest first. The stronger the colour, "
+            "the better.",
+        )
+        yield from (part for one in drawn[:SEEN] for part in one)
+        if drawn[SEEN:]:
+            yield fold(f"{len(drawn) - SEEN} more", drawn[SEEN:])
 
 
 def fusion_section(study: Study) -> Iterator[Html]:
@@ -229,14 +246,20 @@ def fusion_section(study: Study) -> Iterator[Html]:
 
 
 def relation_section(study: Study) -> Iterator[Html]:
-    for bench in study.benches:
-        if bench.task == "relation":
-            yield element("h3", study.with_title(bench))
-            yield from relation_tables(study, bench)
+    benches = [bench for bench in study.benches if bench.task == "relation"]
+    for bench in benches:
+        yield from relation_tables(study, bench, "" if len(benches) == 1 else f"{study.with_title(bench)}: ")
 
 
 def encoder_section(study: Study) -> Iterator[Html]:
-    for bench, grid in encoder_grids(study):
+    grids = list(encoder_grids(study))
+    if grids:
+        yield element(
+            "p",
+            "Rows: an encoder with its own positions, without any, or with those of other patches. Columns: how the "
+            "probe itself turns its tokens by where they are (rotary positions).",
+        )
+    for bench, grid in grids:
         yield element("h3", study.with_title(bench))
         yield grid
 
@@ -247,12 +270,12 @@ def machine_section(study: Study) -> Iterator[Html]:
         "Of the extraction runs, as their stores record them. Stages of loading and writing run beside the device, and "
         "add up over threads.",
     )
-    yield from machine_tables(study.collection.stores)
+    yield from machine_tables(study)
 
 
 def detail_section(study: Study) -> Iterator[Html]:
     yield element("h3", "Stores")
-    yield from spec_folds(list(study.collection.stores.values()))
+    yield from spec_folds(study)
     yield element("h3", "Probe runs")
     yield from run_folds(study)
 
@@ -261,6 +284,12 @@ def missing_section(study: Study) -> Iterator[Html]:
     lines: list[str] = [f"{path}: not read: {why}" for path, why in study.collection.unread.items()]
     for facts in study.collection.stores.values():
         lines += [f"{facts.name} ({facts.spec_hash}): {why}" for why in facts.missing]
+    for (row, bench), there in study.cells.items():
+        if best_of(there) is None:
+            by = criterion(bench.task).heading
+            lines.append(
+                f"{study.with_title(bench)} of {row.name}: none of {len(there)} probes has the {by} to choose by."
+            )
     failed = sum(not result.metrics for result in study.collection.results)
     if failed:
         lines.append(f"{counted(failed, 'probe')} ended without numbers (see the runs above).")

@@ -14,7 +14,6 @@ LEVELS = {0: "pixels", 1: "one object", 2: "two objects", 3: "several steps"}
 BY_LEVEL = (
     Measure("balanced_accuracy", "Yes or no: balanced accuracy", True, "one half is what guessing scores"),
     Measure("within_50_200", "Lengths: share within 50 to 200% of the truth", True),
-    Measure("same_hour", "Clock directions: share of right hours", True),
 )
 LENGTHS = (
     Measure("within_50_200", "50 to 200%", True),
@@ -22,6 +21,8 @@ LENGTHS = (
     Measure("within_90_110", "90 to 110%", True),
     Measure("within_25", "off by 25% at most", True),
     Measure("median_relative_error", "median relative error", False),
+    Measure("same_hour", "clock direction: right hour", True),
+    Measure("within_one_hour", "within one hour", True),
 )
 MAIN = {  # kind -> the number of a relation that its bar shows
     "yes_or_no": Measure("balanced_accuracy", "balanced accuracy", True),
@@ -30,28 +31,29 @@ MAIN = {  # kind -> the number of a relation that its bar shows
 }
 
 
-def relation_tables(study: Study, bench: Bench) -> Iterator[Html]:
+def relation_tables(study: Study, bench: Bench, before: str) -> Iterator[Html]:
+    """`before` is put before each heading."""
     rows = [(row, p) for row in study.rows if (p := study.best(row, bench))]
     for measure in BY_LEVEL:
         if any(p.values(measure.metric) for _, p in rows):
-            yield element("h4", measure.heading)
+            yield element("h3", before + measure.heading)
             if measure.meaning:
                 yield element("p", measure.meaning.capitalize() + ".", class_="note")
-            yield level_table(measure, rows)
+            yield level_table(measure, rows, before)
     if any(p.values(m.metric) for _, p in rows for m in LENGTHS):
-        yield element("h4", "How far lengths are off")
-        yield plain_table("Lengths told, as shares of the answers", LENGTHS, rows)
+        yield element("h3", f"{before}How far off lengths and clock directions are")
+        yield plain_table(f"{before}Lengths and clock directions, as shares of the answers", LENGTHS, rows)
     yield fold("Relation by relation", type_table(rows))
 
 
-def level_table(measure: Measure, rows: Sequence[tuple[Features, Probes]]) -> Html:
+def level_table(measure: Measure, rows: Sequence[tuple[Features, Probes]], before: str) -> Html:
     names = {level: f"{measure.metric}/level{level}" for level in LEVELS}
     there = [level for level, name in names.items() if any(p.values(name) for _, p in rows)]
     columns = [
         *(Measure(names[level], f"level {level}: {LEVELS[level]}", measure.higher) for level in there),
         Measure(measure.metric, "all", measure.higher),
     ]
-    return plain_table(f"{measure.heading}, by level", columns, rows, bars=True)
+    return plain_table(f"{before}{measure.heading}, by level", columns, rows, bars=True)
 
 
 def plain_table(

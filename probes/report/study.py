@@ -7,7 +7,7 @@ probe of a cell, by its task's own criterion.
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -95,6 +95,7 @@ class Study:
     rows: list[Features]
     benches: list[Bench]
     cells: dict[tuple[Features, Bench], list[Probes]]  # all that were trained, but for those without numbers
+    names: dict[tuple[str, str], str]  # of stores, by name and hash of the spec; no two are the same
 
     def best(self, row: Features, bench: Bench) -> Probes | None:
         return best_of(self.cells.get((row, bench), ()))
@@ -110,10 +111,10 @@ class Study:
 
 
 def best_of(probes: Iterable[Probes]) -> Probes | None:
-    """By the task's own criterion on the validation clips; the first of equals, None where no probe has it."""
+    """By the task's own criterion on the validation clips: the first of equals, None of several without it."""
     there = list(probes)
-    if not there:
-        return None
+    if len(there) < 2:
+        return there[0] if there else None
     by = criterion(there[0].first.task)
     scored = [(p.mean(by.metric), p) for p in there]
     return next((p for x, p in scored if x == by.best(x for x, _ in scored)), None)
@@ -151,19 +152,19 @@ def make_study(collection: Collection) -> Study:
     )
     cells = {place: [Probes(tuple(same)) for same in by_config.values()] for place, by_config in grouped.items()}
     ordered = sorted(rows.values(), key=lambda row: (ORDER.index(row.kind), len(row.key), row.name))
-    return Study(collection, ordered, benches, cells)
+    return Study(collection, ordered, benches, cells, store_names(names, identities))
 
 
 def bench_of(result: Result) -> Bench:
     config = result.config
-    views = f"{config.get('views')} views of {config.get('context')} frames, {config.get('gap')} or more apart"
+    views, context, gap, query = (config.get(name) for name in ("views", "context", "gap", "query"))
     return Bench(
         axis_of(result.task, result.metrics),
         result.labels,
         result.train_clips,
         result.val_clips,
         result.split or f"drawn by seed {config.get('data_seed')}",
-        f"{views}, from {config.get('query')}",
+        f"{views} views of a clip's first {context} frames, {gap} or more apart, among frames {query}",
         tuple(sorted(result.skipped)),
     )
 
@@ -205,6 +206,15 @@ def part_names(stores: dict[tuple[str, str], StoreFacts], identities: dict[tuple
             told = ", ".join(f"{f.rpartition('.')[2]} {of_one.get(f, 'not set')}" for f in differing)
             names[i] = f"{name} ({told})" if told else name
     return names
+
+
+def store_names(names: dict[str, str], identities: dict[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    """As `part_names`; stores of the same features, with other layers or in another place, say which they are."""
+    same = Counter(identities.values())
+    return {
+        key: names[identity] if same[identity] == 1 else f"{names[identity]}, {key[0]} ({key[1][:6]})"
+        for key, identity in identities.items()
+    }
 
 
 def _differing(settings: Sequence[dict[str, Any]], without: Iterable[str] = ()) -> list[str]:

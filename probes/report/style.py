@@ -10,7 +10,7 @@ html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 2.5rem) 4rem; max-width: 72rem; background: var(--back);
   color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; letter-spacing: -.01em; margin: 0 0 .6rem; }
-h2 { font-size: 1.3rem; margin: 3.2rem 0 .6rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: 1.4rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem; } h4 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; } .lead { font-size: 1.08rem; color: var(--soft); }
 .note, .notes, figcaption, footer { color: var(--soft); font-size: .88rem; } .notes { padding-left: 1.2rem; }
@@ -26,17 +26,19 @@ footer { margin-top: 4rem; border-top: 1px solid var(--line); }
 .scroll { overflow-x: auto; margin: .8rem 0; } figure { margin: 0 0 1rem; min-width: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; line-height: 1.35; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-th, td { padding: .38rem .7rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: .38rem .55rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 500; } thead th { color: var(--soft); border-bottom-color: var(--soft); vertical-align: bottom; }
-td:not(.from), th.number { text-align: right; white-space: nowrap; } .plain td { text-align: right; }
+td:not(.from), th.number { text-align: right; white-space: nowrap; }
+.plain td, .plain thead th + th { text-align: right; }
 tbody th[scope=row], thead tr:first-child th:first-child { position: sticky; left: 0; background: var(--back);
   min-width: 7.5rem; max-width: 17rem; overflow-wrap: anywhere; z-index: 1; }
 thead tr:first-child th[scope=colgroup] { color: var(--ink); font-weight: 600; border-left: 1px solid var(--line);
   border-bottom: 0; }
 th.kind { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-transform: uppercase; padding-top: 1.1rem; }
-td.from, th.from { color: var(--soft); font-size: .78rem; min-width: 9rem; max-width: 16rem; }
-td.none { color: var(--soft); } td small, .better small, .worse small { color: var(--soft); font-size: .78rem; }
-strong { font-weight: 700; } td strong { color: var(--accent); }
+td.from, th.from { color: var(--soft); font-size: .78rem; min-width: 7rem; max-width: 15rem; }
+td.none { color: var(--soft); } td small { color: var(--soft); font-size: .78rem; }
+td:not(.none) small { display: block; white-space: nowrap; }
+strong { font-weight: 700; } td:not(.heat) strong { color: var(--accent); }
 tr.published :is(th, td) { font-style: italic; color: var(--soft); background: var(--panel); }
 tr.mean :is(th, td) { border-top: 1px solid var(--soft); color: var(--soft); font-weight: 500; }
 td.better data { color: var(--good); } td.worse data { color: var(--bad); }
@@ -79,13 +81,14 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
   @page { size: A4 landscape; margin: 12mm; }
   :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --panel: #fff; --accent: #0b4a94; --good: #000;
     --bad: #000; --heat: 190, 210, 235; color-scheme: light; }
-  body { max-width: none; padding: 0; font-size: 9.5pt; } nav { display: none; } h2 { margin-top: 1.4rem; }
+  html { font-size: 9.5pt; } body { max-width: none; padding: 0; } nav { display: none; } h2 { margin-top: 1.4rem; }
   h2, h3, h4, summary, figcaption { break-after: avoid; } tr, figure, article { break-inside: avoid; }
   thead { display: table-header-group; } .scroll, pre { overflow: visible; max-height: none; }
-  pre { white-space: pre-wrap; } table { font-size: 7.5pt; width: 100%; }
-  th, td { padding: .15rem .3rem; white-space: normal !important; min-width: 0 !important; overflow-wrap: anywhere; }
+  pre { white-space: pre-wrap; } table { font-size: .76rem; width: 100%; }
+  td.from, th.from, td small { font-size: .66rem; } data { white-space: nowrap; }
+  th, td { padding: .15rem .3rem; white-space: normal !important; min-width: 0 !important; }
   tbody th[scope=row], thead tr:first-child th:first-child { position: static; }
   article { border: 1px solid var(--line); } a { color: inherit; text-decoration: none; }
   .bar, td.heat { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
-""".replace("HEAT", "\n".join(f".h{i} {{ --least: {i / 8:.3f}; }}" for i in range(9)))
+""".replace("HEAT", "\n".join(f".h{i} {{ --least: {0.06 + 0.94 * i / 8:.3f}; }}" for i in range(9)))

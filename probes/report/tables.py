@@ -79,14 +79,14 @@ def published_row(row: Features, benches: Sequence[Bench]) -> Iterator[Html]:
 def mean_row(
     rows: Sequence[Features], benches: Sequence[Bench], probes: dict[tuple[Features, Bench], Probes | None]
 ) -> Html:
-    """Of a family's rows; of those that have the number, and then it says how many."""
+    """Of those of a family's rows that have the number, two or more; it says how many where it is not all."""
     cells = []
     for bench in benches:
         for measure in bench.axis.measures:
             there = [p.mean(measure.metric) for row in rows if (p := probes.get((row, bench)))]
             there = [x for x in there if math.isfinite(x)]
-            cell = value_cell(sum(there) / len(there) if there else math.nan)
-            if 0 < len(there) < len(rows):
+            cell = value_cell(sum(there) / len(there) if len(there) > 1 else math.nan)
+            if 1 < len(there) < len(rows):
                 cell = Html(cell.replace("</td>", f" <small>of {len(there)}</small></td>"))
             cells.append(cell)
         cells.append(element("td", class_="from"))
@@ -109,7 +109,9 @@ def chance_rows(study: Study) -> Iterator[Html]:
         cells += [value_cell(x), *(value_cell(math.nan) for _ in bench.axis.measures[1:])]
         cells.append(element("td", class_="from"))
     if known:
-        yield element("tbody", element("tr", element("th", "random order, computed", scope="row"), cells))
+        heading = element("th", "without features", scope="rowgroup", colspan=1 + len(cells), class_="kind")
+        line = element("tr", element("th", "random order, computed", scope="row"), cells)
+        yield element("tbody", element("tr", heading), line)
 
 
 def bench_head(study: Study, benches: Sequence[Bench]) -> list[Html]:
