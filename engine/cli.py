@@ -55,6 +55,19 @@ EXTRACT_WORDS = {  # word of a Job -> (placeholder, help); the positional ones a
     "limit": ("N", "only the first N clips of the listing"),
 }
 
+ASK_WORDS = {
+    "out": ("DIR", "folder of the questions; run the same command again to resume"),
+    "per_clip": ("N", "questions of each clip (default: 100)"),
+    "seed": ("N", "of everything that is drawn (default: 0)"),
+    "types": ("A,B", "types of questions (default: all)"),
+    "levels": ("I,J", "0 pixel, 1 object, 2 pair, 3 several steps (default: all)"),
+    "shares": ("X,Y", "shares of these levels (default: of all four 0.15,0.25,0.35,0.25)"),
+    "forms": ("F,G", "open, choice, truth, each alone or with its share (default: open=0.4,choice=0.3,truth=0.3)"),
+    "images": ("PATTERN", "of image paths in chats (default: {clip}/frame_{frame:05d}.png)"),
+    "shard": ("I/N", "every N-th part of the output from the I-th, from 0"),
+    "limit": ("N", "only the first N clips of the listing"),
+}
+
 TARGET_WORDS = (
     "model out revision layout window start stride query short compute_dtype device writers shard limit".split()
 )
@@ -159,6 +172,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--loaders", metavar="N", default="2", help="threads that read labels and average them")
     sub.add_argument("--shard", metavar="I/N", help=EXTRACT_WORDS["shard"][1])
     sub.add_argument("--retry-failed", action="store_true", help="only clips that failed before")
+
+    sub = command("ask", ask, "questions and answers about the objects of lifted clips, as JSON lines")
+    sub.add_argument("lifted", help="folder that `engine lift` made")
+    for word, (placeholder, about) in ASK_WORDS.items():
+        sub.add_argument(f"--{word.replace('_', '-')}", metavar=placeholder, help=about, required=word == "out")
+    sub.add_argument("--chat", action="store_true", help="write them as chats with images too, for fine-tuning tools")
+    sub.add_argument("--retry-failed", action="store_true", help="again the parts in which a clip failed")
 
     command("models", models, "presets, their token grids and the layers the study used")
     sub = command("info", info, "what a store holds")
@@ -284,6 +304,23 @@ def points(args: argparse.Namespace) -> int:
     if without := len(set(like.ids()) - set(labels.ids())):
         print(f"{without} clips of {like.root} have no labels in {labels.root}: they get no points", file=sys.stderr)
     return print_report(report, store.root, args.words)
+
+
+def ask(args: argparse.Namespace) -> int:
+    from spatialprobe.engine.questions.run import AskJob, run_ask
+    from spatialprobe.engine.questions.settings import Settings, number
+
+    if args.images and not args.chat:
+        raise ValueError("images goes with chat")
+    settings = Settings.from_words({word: text for word in ASK_WORDS if (text := getattr(args, word)) is not None})
+    limit = None if args.limit is None else number("limit", args.limit)
+    images = (args.images or "{clip}/frame_{frame:05d}.png") if args.chat else None
+    job = AskJob(args.lifted, args.out, settings, images, args.shard, limit)
+    report, out, summary = run_ask(job, retry_failed=args.retry_failed)
+    code = print_report(report, out, args.words)
+    for name in ("levels", "wanted", "forms", "truths", "types"):
+        print(f"{name}: {', '.join(f'{key} {count}' for key, count in summary[name].items())}")
+    return code
 
 
 def print_report(report: "Report", root: "Path", words: list[str]) -> int:

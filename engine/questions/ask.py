@@ -3,7 +3,7 @@ not on the clips it is asked about together with."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random as Generator
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from spatialprobe.engine.questions.finding import Material
 from spatialprobe.engine.questions.forms import FORMS, Composed, compose, shuffled
 from spatialprobe.engine.questions.numbers import NEAR, Random
 from spatialprobe.engine.questions.pool import Candidates
-from spatialprobe.engine.questions.types import BY_TYPE, LEVELS, NEEDS, QuestionType
+from spatialprobe.engine.questions.settings import Settings
+from spatialprobe.engine.questions.types import NEEDS, QuestionType
 from spatialprobe.engine.questions.views import seen_well, stack
 from spatialprobe.engine.types import ClipError
 
@@ -23,32 +24,6 @@ MOST_VIEWS = 8  # of a clip that its questions are about
 MOST_OBJECTS = 24  # of a clip that its questions are about, and all that are called the same
 MOST_POINTS = 16  # of a view's sample points that are asked about
 OBJECTS_STEP = 4  # clips are filled up to a multiple of so many objects, to be looked at together
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What changes a question."""
-
-    per_clip: int = 100
-    seed: int = 0
-    types: tuple[str, ...] = tuple(BY_TYPE)
-    levels: tuple[float, ...] = (0.15, 0.25, 0.35, 0.25)  # shares of LEVELS
-    forms: tuple[float, ...] = (0.4, 0.3, 0.3)  # shares of FORMS
-
-    def __post_init__(self):
-        if self.per_clip < 1:
-            raise ValueError(f"per-clip must be at least 1, got {self.per_clip}")
-        if unknown := sorted(set(self.types) - set(BY_TYPE)):
-            raise ValueError(f"types must be of {', '.join(BY_TYPE)}, got {', '.join(unknown)}")
-        for name, shares, of in (("levels", self.levels, LEVELS), ("forms", self.forms, FORMS)):
-            if len(shares) != len(of) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-                raise ValueError(f"shares of {name} must be {len(of)} numbers that add up to 1, got {list(shares)}")
-        lacking = [str(k) for k, share in enumerate(self.levels) if share and not self.types_of(k)]
-        if lacking:
-            raise ValueError(f"level {', '.join(lacking)} has a share, but none of the types {', '.join(self.types)}")
-
-    def types_of(self, level: int) -> list[QuestionType]:
-        return [BY_TYPE[name] for name in self.types if BY_TYPE[name].level == level]
 
 
 class Question(NamedTuple):

@@ -6,8 +6,8 @@ Candidates are arrays, found for all views of several clips at once. It knows no
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import permutations
-from math import perm
+from itertools import combinations, permutations
+from math import comb, perm
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,14 @@ def tuples(n: int, k: int) -> np.ndarray:  # int64 [T, k]
         return np.array(list(permutations(range(n), k)), np.int64).reshape(-1, k)
     rng = np.random.default_rng([n, k])
     return np.unique(rng.random((MOST_TUPLES, n)).argsort(1)[:, :k], axis=0)
+
+
+@lru_cache(maxsize=256)
+def sets(n: int, k: int) -> np.ndarray:  # int64 [T, k]
+    """Choices of k of n things in rising order: all, or a fixed sample of them."""
+    if comb(n, k) <= MOST_TUPLES:
+        return np.array(list(combinations(range(n), k)), np.int64).reshape(-1, k)
+    return np.unique(np.sort(tuples(n, k), axis=1), axis=0)
 
 
 def at(ok: np.ndarray, things: np.ndarray, value: np.ndarray, outcome: np.ndarray | None = None) -> Found:

@@ -32,6 +32,7 @@ class Composed(NamedTuple):
 
     question: str
     answer: str
+    right: str  # the answer itself, in no sentence
     choices: list[str] | None = None
     letter: str | None = None  # of the right choice
     choice_values: list[Number] | None = None
@@ -69,11 +70,13 @@ def compose(
         question = question.format(state=stated, State=sentence(stated)) + where
         corrected = "" if truth else state(fields | right.fields)
         answer = one(TRUTH_ANSWERS[truth], random).format(right=corrected or stated)
-        return Composed(question, answer, truth=truth, stated=said.text if said.value is None else said.value)
+        return Composed(
+            question, answer, right.text, truth=truth, stated=said.text if said.value is None else said.value
+        )
     fields |= right.fields
     question = sentence(one(asks, random)(fields)) + where
     if form == "open":
-        return Composed(question, sentence(one(answers, random)(fields)))
+        return Composed(question, sentence(one(answers, random)(fields)), right.text)
     options = shuffled(wrong(3), random)
     place = int(random() * (len(options) + 1))
     options.insert(place, right)
@@ -82,7 +85,9 @@ def compose(
     answer = one(CHOICE_ANSWERS, random).format(letter=LETTERS[place], text=sentence(right.text, ""))
     values = None if right.value is None else [option.value for option in options]
     texts = [option.text for option in options]
-    return Composed("\n".join([question + one(CHOICE_ENDS, random), *lines]), answer, texts, LETTERS[place], values)
+    return Composed(
+        "\n".join([question + one(CHOICE_ENDS, random), *lines]), answer, right.text, texts, LETTERS[place], values
+    )
 
 
 def one(choices: tuple, random: Random) -> Any:

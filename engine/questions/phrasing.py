@@ -34,11 +34,11 @@ PHRASES = {
          "Among {and}, the one {w} the camera is {X}."),
     ),
     "higher_point": Phrases(
-        ("Which is {w} in the room, {or}?", "Of {and}, which one is {w} up in 3D space?",
+        ("Which is {w} in the room, {or}?", "Of {and}, which one is {w}, by height in the room?",
          "By height in the real scene, which is {w}: {or}?"),
         ("{X}", "{X} is {w}.", "It is {X}."),
         ("{X} is {w} in the room than {Y}.", "By height in the real scene, {X} is {w} than {Y}.",
-         "Of {and}, {X} is {w} up in 3D space."),
+         "Of {and}, {X} is {w}, by height in the room."),
     ),
     "point_distance": Phrases(
         ("How far is {A} from the camera?", "What is the distance from the camera to {A}?",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from spatialprobe.engine.questions import relations
-from spatialprobe.engine.questions.finding import Found, Material, at, pick, tuples, words_of_pair
+from spatialprobe.engine.questions.finding import Found, Material, at, pick, sets, tuples, words_of_pair
 from spatialprobe.engine.questions.relations import centres_apart, nearer
 from spatialprobe.engine.questions.views import Views
 
@@ -115,12 +115,12 @@ def between(m: Material) -> Found:
 
 def equilateral(m: Material) -> Found:
     """Whether three objects make a triangle of nearly equal sides (outcome 0), or clearly not; its three sides."""
-    things, ok, xy = m.triples
+    things = sets(m.views.seen.shape[1], 3)
+    ok, xy = m.flat[:, things].all(2), m.views.centre[:, things, :2]
     step = xy - xy[:, :, [1, 2, 0]]
     sides = np.hypot(step[..., 0], step[..., 1])
     ratio = sides.max(2) / np.maximum(sides.min(2), 1e-12)
-    once = (things[:, 0] < things[:, 1]) & (things[:, 1] < things[:, 2])
-    decided = once & ((ratio <= ALIKE) | (ratio >= UNLIKE))
+    decided = (ratio <= ALIKE) | (ratio >= UNLIKE)
     return at(ok & decided, things, sides, (ratio > ALIKE).astype(np.int64))
 
 

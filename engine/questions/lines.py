@@ -1,0 +1,90 @@
+"""Questions as JSON lines: a record with every number used, and the chat format that fine-tuning tools read.
+
+A record: id, clip, frames (of the window: the image's, and that of a second image where there is one), type, level,
+form, question, answer, right (the answer in no sentence); choices, letter and choice_values of a multiple choice;
+truth and stated of a statement; word (what was asked of things, or is said of them); objects (id in the masks, tag, the
+name that the question uses, box in the first image as first u, v and last u, v) or points (u, v), in the order of the
+value's numbers, the one that was picked or asked about first; value (a number or several), unit; margin, margin_of.
+
+A chat line: id, images, messages with role and content, "<image>" in the content for each of the images.
+"""
+
+from collections.abc import Iterator
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from spatialprobe.engine.lifting.objects import ObjectTable
+from spatialprobe.engine.questions.ask import Asked, Question
+from spatialprobe.engine.questions.numbers import UNITS
+from spatialprobe.engine.questions.types import TYPES
+
+# What stands in every record of a type: its middle, and its end
+MIDDLES = {kind.name: f'"type": "{kind.name}", "level": {kind.level}, "form": ' for kind in TYPES}
+ENDS = {
+    kind.name: f', "unit": {quoted(UNITS[kind.unit].symbol if kind.unit else "")}, '
+    f'"margin": {round(kind.margin.value, 6)}, "margin_of": {quoted(kind.margin.of)}}}\n'
+    for kind in TYPES
+}
+
+
+def record_lines(asked: Asked) -> Iterator[str]:
+    """One line for each question, with its line end."""
+    table, frames = asked.table, asked.table.frames.tolist()
+    start, known = f'{{"id": {quoted(table.clip)[:-1]}#', {}
+    clip = f'", "clip": {quoted(table.clip)}, "frames": '
+    for number, q in enumerate(asked.questions):
+        shown = f"[{frames[q.view]}]" if q.other is None else f"[{frames[q.view]}, {frames[q.other]}]"
+        yield "".join(
+            (
+                start, str(number), clip, shown, ", ", MIDDLES[q.kind.name], '"', q.form, '", "question": ',
+                quoted(q.said.question), ', "answer": ', quoted(q.said.answer), ', "right": ', quoted(q.said.right),
+                *said_fields(q), *thing_fields(q, table, known), ', "value": ', number_text(q.value), ENDS[q.kind.name],
+            )
+        )  # fmt: skip
+
+
+def said_fields(q: Question) -> Iterator[str]:
+    said = q.said
+    if said.choices is not None:
+        yield f', "choices": [{", ".join(map(quoted, said.choices))}], "letter": "{said.letter}"'
+        if said.choice_values is not None:
+            yield f', "choice_values": {number_text(said.choice_values)}'
+    elif said.truth is not None:
+        stated = quoted(said.stated) if isinstance(said.stated, str) else number_text(said.stated)
+        yield f', "truth": {"true" if said.truth else "false"}, "stated": {stated}'
+    if q.kind.words:
+        yield f', "word": {quoted(q.kind.words[q.outcome][1])}'
+
+
+def thing_fields(q: Question, table: ObjectTable, known: dict[tuple, str]) -> Iterator[str]:
+    if q.kind.points:
+        pixels = table.sample_pixels[q.view]
+        yield f', "points": {[pixels[i].tolist() for i in q.things]}'
+        return
+    objects = []
+    for i, name in zip(q.things, q.names, strict=True):
+        key = (i, q.view, name)
+        if key not in known:
+            box = [round(edge) for edge in table.box[i, q.view].tolist()]
+            about = f'"tag": {quoted(table.tags[i])}, "name": {quoted(name)}, "box": {box}'
+            known[key] = f'{{"id": {int(table.ids[i])}, {about}}}'
+        objects.append(known[key])
+    yield f', "objects": [{", ".join(objects)}]'
+
+
+def number_text(value: Any) -> str:
+    """Of rounded numbers, alone or in lists: what JSON calls them too."""
+    return repr(value)
+
+
+def chat_lines(asked: Asked, images: str) -> Iterator[str]:
+    """One line for each question. `images` is a path with {clip} and {frame} (of the window) in it."""
+    clip, frames, start = asked.table.clip, asked.table.frames.tolist(), f'{{"id": {quoted(asked.table.clip)[:-1]}#'
+    paths = {view: quoted(images.format(clip=clip, frame=frame)) for view, frame in enumerate(frames)}
+    for number, q in enumerate(asked.questions):
+        shown = paths[q.view] if q.other is None else f"{paths[q.view]}, {paths[q.other]}"
+        tokens = "<image>\n" if q.other is None else "<image>\n<image>\n"
+        yield (
+            f'{start}{number}", "images": [{shown}], "messages": [{{"role": "user", "content": '
+            f'{quoted(tokens + q.said.question)}}}, {{"role": "assistant", "content": {quoted(q.said.answer)}}}]}}\n'
+        )
