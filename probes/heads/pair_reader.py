@@ -97,6 +97,11 @@ def patch_shares(masks: Tensor, objects: int, grid: tuple[int, int]) -> Tensor: 
     cell = y[:, None] * grid[1] + x  # [H, W]
     view = torch.arange(batch * views, device=masks.device).view(batch, views, 1, 1)
     place = (view * (objects + 1) + masks.long()) * patches + cell
-    counts = torch.bincount(place.flatten(), minlength=batch * views * (objects + 1) * patches)
-    pixels = torch.bincount(cell.flatten(), minlength=patches)
-    return counts.view(batch, views, objects + 1, patches)[:, :, 1:] / pixels
+    pixels = counted(place, batch * views * (objects + 1) * patches).view(batch, views, objects + 1, patches)
+    return pixels[:, :, 1:] / counted(cell, patches)
+
+
+def counted(numbers: Tensor, count: int) -> Tensor:  # int64 [...] of 0 .. count - 1 -> float32 [count]
+    """How often each number is there: torch.bincount, which torch.compile cannot see through."""
+    ones = torch.ones(1, device=numbers.device).expand(numbers.numel())
+    return torch.zeros(count, device=numbers.device).scatter_add_(0, numbers.flatten(), ones)
