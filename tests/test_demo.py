@@ -1,7 +1,6 @@
 """The demo, small: whole stores, and a page that stands alone and shows every clip."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -13,9 +12,12 @@ from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo import probes as demo_probes
 from spatialprobe.engine.demo import run as demo
 from spatialprobe.engine.demo.page import principal_colours
-from spatialprobe.engine.demo.probe_section import COLUMNS, ROWS
 from spatialprobe.engine.demo.probes import SETTINGS
 from spatialprobe.engine.store import FeatureStore
+from spatialprobe.probes.report.axes import AXES, criterion
+from spatialprobe.probes.report.study import number
+
+FEATURES = {"wan-t2v": "vgm", "qwen3-vl": "vlm", "wan-t2v + qwen3-vl": "joined", "noise": "noise"}  # row -> folder
 
 
 def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
@@ -36,11 +38,11 @@ def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
     page = (out / "index.html").read_text()
     for clip_id in stores["wan-t2v"].ids():
         assert clip_id in page
-    pictures = 6 + 2  # of layers and curves of each task, groups and depth
+    pictures = 2 * 4  # groups and depth, of each choice of features
     images = 3 * 3 * (1 + 4 + 1)  # clips x frames x (pixels, wan, qwen)
     assert page.count('src="data:image/png;base64,') == images + pictures
     check_results(page, out / "probes")
-    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing from anywhere else
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing from anywhere else
     assert "random weights" in page
     assert "every file read back whole" in page
     assert str(out / "index.html") in capsys.readouterr().out
@@ -48,17 +50,21 @@ def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
 
 
 def check_results(page: str, folder: Path) -> None:
-    """The table's rows are the numbers in the result files, of the probe with the least validation loss."""
+    """The study's table has the numbers of the result files, of the probe that the task's own criterion picks."""
     rows = {}
-    for name, words in ROWS.items():
-        cells = re.search(f"<tr><td>{words}</td>(.*?)</tr>", page).group(1)
-        rows[name] = re.findall(r"<td>(.*?)</td>", cells)
+    for name, features in FEATURES.items():
+        cells = re.search(f'<th scope="row">{re.escape(name)}</th>(.*?)</tr>', page).group(1)
+        rows[name] = re.sub("<[^>]*>", "", re.sub('<td class="from">.*?</td>', "", cells).replace("</td>", " ")).split()
         expected = []
-        for task, metrics in COLUMNS.items():
-            results = json.loads((folder / task / name / "results.json").read_text())
-            assert len(results) == (4 if name == "vgm" else 1)
-            best = min(results, key=lambda result: result["metrics"]["loss"])["metrics"]
-            expected += ["-" if best[m] is None or math.isnan(best[m]) else f"{best[m]:.3f}" for m in metrics]
+        for axis in AXES:
+            if axis.task not in demo.SETTINGS:
+                continue
+            results = json.loads((folder / axis.task / features / "results.json").read_text())
+            assert len(results) == (4 if features == "vgm" else 1)
+            by = criterion(axis.task)
+            sign = -1 if by.higher else 1
+            best = min(results, key=lambda r: sign * r["metrics"][by.metric])["metrics"]
+            expected += [number(best[m.metric]) for m in axis.measures]
         assert rows[name] == expected
     assert len({tuple(cells) for cells in rows.values()}) == len(rows)  # each its own probes
 

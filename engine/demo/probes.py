@@ -1,6 +1,6 @@
 """The demo's probes: each task on both models' features, on both joined, and on noise in their place.
 
-The settings are small enough for two CPU cores and few clips. What the numbers look like is the page's matter.
+The settings are small enough for two CPU cores and few clips. What the numbers look like is the report's matter.
 """
 
 import json
@@ -20,6 +20,7 @@ from spatialprobe.kernels.pool_features import finish
 from spatialprobe.probes import open_labels, train
 from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.pictures import draw_run
+from spatialprobe.probes.report.axes import criterion
 from spatialprobe.probes.results import Result
 from spatialprobe.probes.sampling import generator
 
@@ -46,12 +47,14 @@ class Trained:
     settings: dict[str, object]  # other than the task's own defaults
     grid: dict[str, list[int]]
     results: list[Result]
-    pictures: dict[str, Path]  # name without suffix -> file
 
     @property
     def best(self) -> Result:
-        """The probe with the least loss on the validation clips; the first where none has a finite one."""
-        return min(self.results, key=lambda result: result.metrics["loss"] if result.metrics else math.inf)
+        """The one that the page shows: by the task's own criterion; the first where none has its number."""
+        by = criterion(self.results[0].task)
+        values = [result.metrics.get(by.metric, math.nan) for result in self.results]
+        best = by.best(values)
+        return self.results[0 if best is None else values.index(best)]
 
     @property
     def diverged(self) -> bool:
@@ -94,8 +97,8 @@ def _train(
     opened, settings, grid = open_labels(labels), SETTINGS[name] | place, grid or {}
     with one_thread():
         results = train(TASKS[name], sources, opened, grid=grid, val=VAL, out=folder, device="cpu", **settings)
-        pictures = {path.stem: path for path in draw_run(folder, results, sources, opened)}
-    return Trained(folder, sources, labels, settings, grid, results, pictures)
+        draw_run(folder, results, sources, opened)
+    return Trained(folder, sources, labels, settings, grid, results)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from spatialprobe.engine.demo.page import Showcase, write_page
-from spatialprobe.engine.demo.probe_section import probe_section
 from spatialprobe.engine.demo.probes import SETTINGS, train_task, write_noise
 from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
@@ -62,7 +61,8 @@ def run_demo(out: str) -> int:
     for task in SETTINGS:
         print(f"training {task} probes")
         trained[task] = train_task(task, root / "probes" / task, vgm, others, root / "scenes")
-    page = write_page(root, shows, probe_section(trained), FRAMES, time.perf_counter() - started)
+    commands = [by_features["vgm"].command for by_features in trained.values()]
+    page = write_page(root, shows, commands, FRAMES, time.perf_counter() - started)
     print(f"{time.perf_counter() - started:.0f} s in all; now open {page}")
     whole = all(show.report.written == SCENES and not show.problems for show in shows)
     diverged = any(probes.diverged for by_features in trained.values() for probes in by_features.values())

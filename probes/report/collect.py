@@ -16,7 +16,7 @@ from spatialprobe.engine.types import FeatureSpec
 from spatialprobe.probes.results import Result, read_results
 
 RESULTS = "results.json"
-DRAWN_HERE = {"curve.png", "layers.png"}  # the page draws these itself, from the numbers
+DRAWN_HERE = {"curve.png", "layers.png", "relations.png"}  # the page draws these itself, from the numbers
 
 
 @dataclass(frozen=True)

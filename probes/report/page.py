@@ -30,9 +30,16 @@ class Section:
     content: Sequence[Html] = field(default=())
 
 
-def render(study: Study, title: str, *, first: Sequence[Section] = (), intro: Html | None = None) -> str:
-    """The whole page. `first`: sections of others before the report's own."""
-    sections = [section for section in [*first, *report_sections(study)] if section.content]
+def render(
+    study: Study,
+    title: str,
+    *,
+    intro: Html | None = None,  # in the place of the report's own summary
+    first: Sequence[Section] = (),  # before the report's own sections
+    last: Sequence[Section] = (),
+) -> str:
+    """The whole page; sections without content are left out."""
+    sections = [section for section in [*first, *report_sections(study), *last] if section.content]
     links = [element("li", element("a", s.title, href=f"#{s.name}")) for s in sections]
     header = element(
         "header",

@@ -17,7 +17,8 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; } .lead { font-s
 .notes li { max-width: 52rem; margin: .25rem 0; overflow-wrap: anywhere; }
 a { color: var(--accent); } code, pre { font: .84rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 code { overflow-wrap: anywhere; } section ul { overflow-wrap: anywhere; }
-pre { overflow: auto; max-height: 24rem; padding: .8rem; background: var(--panel); border-radius: 6px; }
+pre { overflow: auto; max-height: 24rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  padding: .8rem; background: var(--panel); border-radius: 6px; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; margin: 1.2rem 0 0; padding: 0; }
 nav a { display: inline-block; padding: .25rem 0; }
@@ -72,6 +73,8 @@ details { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: .6rem 0; overflow-wrap: anywhere; }
 summary::marker { color: var(--soft); } details[open] > summary { font-weight: 600; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
+.grid { display: grid; gap: .3rem; align-items: center; font-size: .8rem; color: var(--soft); min-width: 46rem; }
+.grid img { width: 100%; image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; margin: .4rem 0 1rem; }
 dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
@@ -84,7 +87,7 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
   html { font-size: 9.5pt; } body { max-width: none; padding: 0; } nav { display: none; } h2 { margin-top: 1.4rem; }
   h2, h3, h4, summary, figcaption { break-after: avoid; } tr, figure, article { break-inside: avoid; }
   thead { display: table-header-group; } .scroll, pre { overflow: visible; max-height: none; }
-  pre { white-space: pre-wrap; } table { font-size: .76rem; width: 100%; }
+  .grid { min-width: 0; } table { font-size: .76rem; width: 100%; }
   td.from, th.from, td small { font-size: .66rem; } data { white-space: nowrap; }
   th, td { padding: .15rem .3rem; white-space: normal !important; min-width: 0 !important; }
   tbody th[scope=row], thead tr:first-child th:first-child { position: static; }
