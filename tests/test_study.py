@@ -269,10 +269,10 @@ def test_what_is_wrong_for_every_encoder_is_refused_at_the_door(scenes, encoders
     assert "position must be some of none, 1d, 2d, got 3d" in refused(position="3d")
     assert "pos_embed must be some of native, none, shuffled, got native, native" in refused(pos_embed="native,native")
     assert "tasks must be some of tagging, instance" in refused(tasks="naming")
-    assert "no setting of tagging, instance is called lrr; there are " in refused(lrr=1)
-    assert "no setting of tagging is called tagging.dims; there are " in refused(
-        "--set", "tagging.dims=3", tasks="tagging"
-    )
+    assert "no setting of tagging, instance is called lrr; there are batch, " in refused(lrr=1)
+    assert "no setting of tagging is called dims; there are batch, " in refused("--set", "tagging.dims=3")
+    unasked = refused("--set", "instance.dims=3", tasks="tagging")
+    assert "instance.dims is a setting of instance, which is none of the tasks tagging" in unasked
     assert "position cannot be both in the grid and set" in refused("--set", "position=none")
     assert "pos_embed is what the study varies" in refused("--option", "pos_embed=none")
     assert "val must be a share between 0 and 1" in refused("--val", "2")

@@ -126,16 +126,19 @@ def settings_of(tasks: list[str], pairs: Mapping[str, str]) -> dict[str, dict[st
 
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}, got {', '.join(unknown)}")
-    known = {task: {f.name for f in fields(TASKS[task].defaults)} | set(TASKS[task].defaults.options) for task in tasks}
+    defaults = {task: TASKS[task].defaults for task in tasks}
+    known = {task: ({f.name for f in fields(x)} | set(x.options)) - {"options"} for task, x in defaults.items()}
     settings: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for word, value in pairs.items():
         task, dot, name = word.rpartition(".")
-        meant = [task] if dot else [each for each in tasks if name in known[each]]
-        if not meant or not all(each in known and name in known[each] for each in meant):
-            choices = ", ".join(
-                sorted(set().union(*(known[each] for each in meant if each in known) or known.values()))
+        if dot and task not in known:
+            raise ValueError(f"{word} is a setting of {task}, which is none of the tasks {', '.join(tasks)}")
+        meant = [each for each in ([task] if dot else tasks) if name in known[each]]
+        if not meant:
+            choices = sorted(set().union(*(known[each] for each in ([task] if dot else tasks))))
+            raise ValueError(
+                f"no setting of {task or ', '.join(tasks)} is called {name}; there are {', '.join(choices)}"
             )
-            raise ValueError(f"no setting of {', '.join(tasks)} is called {word}; there are {choices}")
         for each in meant:
             settings[each][name] = value_of(value)
     return settings
