@@ -280,3 +280,34 @@ def test_a_full_disk_says_so(folder, monkeypatch):
     monkeypatch.setattr(os, "write", write)
     assert mine.claim("a") == 0  # nothing half made was left
     mine.close()
+
+
+def test_a_lease_whose_answer_was_lost_on_the_way_is_its_makers(folder, monkeypatch):
+    """A network file system that asks its server again may say that there is one: the one it has just made."""
+    mine, link = Leases(folder, **QUICK), os.link
+
+    def lost(source, target):
+        link(source, target)
+        raise FileExistsError(17, "File exists", target)
+
+    monkeypatch.setattr(os, "link", lost)
+    assert mine.claim("a") == 0
+    monkeypatch.undo()
+    assert (mine.holds("a"), Leases(folder, **QUICK).claim("a", 9)) == (True, None)
+    mine.close()
+
+
+def test_leases_need_no_hard_links_and_outlive_the_file_they_are_links_to(folder, monkeypatch):
+    mine, other = Leases(folder, **QUICK), Leases(folder, **QUICK)
+    assert mine.claim("linked") == 0
+    (folder / f".lease-{mine.token}").unlink()  # as whoever thought this process dead clears away
+    assert (mine.claim("again"), other.claim("linked", 9), other.claim("again", 9)) == (0, None, None)
+
+    def refused(source, target):
+        raise PermissionError(1, "Operation not permitted", target)
+
+    monkeypatch.setattr(os, "link", refused)
+    assert (mine.claim("made"), other.claim("made", 9), other.claim("linked", 9)) == (0, None, None)
+    for leases in (mine, other):
+        leases.close()
+    assert not folder.exists()
