@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 SUFFIX = ".safetensors"
 METADATA_KEY = "spatialprobe"  # the one metadata entry of a header; its value is provenance as JSON
 CHUNK = 1 << 22  # bytes hashed and written at a time, a multiple of every item size
+SMALL = 1 << 16  # bytes of a file that is put together in memory and written by one call
 MAX_HEADER = 1 << 24  # bytes; a longer header is damage
 TAGS = {
     "I64": torch.int64,
@@ -67,9 +68,9 @@ def write_file(path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any
     whole file with 64 zeros in the checksum's place.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    same_order = json.loads(json.dumps(provenance, sort_keys=True, allow_nan=False))
-    same_order.pop("checksum", None)  # another file's, whose provenance this one takes over
-    text = json.dumps({"checksum": _NO_CHECKSUM.decode()} | same_order)  # first, so that its place is found
+    own = {key: value for key, value in provenance.items() if key != "checksum"}  # another file's, taken over with it
+    rest = json.dumps(own, sort_keys=True, allow_nan=False)[1:]
+    text = f'{{"checksum": "{_NO_CHECKSUM.decode()}"{", " if own else ""}{rest}'  # first, so that its place is found
     header, offset = {"__metadata__": {METADATA_KEY: text}}, 0
     for name in order:
         x = tensors[name]
@@ -78,21 +79,30 @@ def write_file(path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any
     packed = json.dumps(header, separators=(",", ":")).encode()
     packed += b" " * (-len(packed) % 8)
     raw = struct.pack("<Q", len(packed)) + packed
-    digest = hashlib.sha256(raw)
+    data = (memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()) for name in order)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        _write_all(fd, raw)
-        for name in order:
-            data = memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-            for at in range(0, len(data), CHUNK):
-                digest.update(data[at : at + CHUNK])
-                _write_all(fd, data[at : at + CHUNK])
-        if os.pwrite(fd, digest.hexdigest().encode(), raw.index(_NO_CHECKSUM)) != len(_NO_CHECKSUM):
-            raise OSError(f"short write of a checksum to {path}")
+        if len(raw) + offset <= SMALL:
+            body = b"".join(data)
+            digest = hashlib.sha256(raw + body).hexdigest().encode()
+            _write_all(fd, raw.replace(_NO_CHECKSUM, digest, 1) + body)
+        else:
+            _write_hashing(fd, raw, data)
         os.fsync(fd)
     finally:
         os.close(fd)
     return len(raw) + offset
+
+
+def _write_hashing(fd: int, raw: bytes, data: Iterable[memoryview]) -> None:
+    digest = hashlib.sha256(raw)
+    _write_all(fd, raw)
+    for view in data:
+        for at in range(0, len(view), CHUNK):
+            digest.update(view[at : at + CHUNK])
+            _write_all(fd, view[at : at + CHUNK])
+    if os.pwrite(fd, digest.hexdigest().encode(), raw.index(_NO_CHECKSUM)) != len(_NO_CHECKSUM):
+        raise OSError("short write of a checksum")
 
 
 def _write_all(fd: int, data: bytes | memoryview) -> None:

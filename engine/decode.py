@@ -69,12 +69,12 @@ def select_frames(
     if first >= total:
         raise ClipError(f"clip {clip_id}: window starts at frame {first} of {total}")
     window = selection.window or math.ceil((total - first) / selection.stride)
-    index = torch.arange(first, min(total, first + window * selection.stride), selection.stride)
+    index = [*range(first, min(total, first + window * selection.stride), selection.stride)]
     padded = window - len(index)
     if padded and selection.short != "pad":
         wanted = f"wanted {window} frames from frame {first} at stride {selection.stride}"
         raise ShortClip(f"clip {clip_id}: {wanted}, got {len(index)} of {total} in the source")
-    return torch.cat([index, index[-1:].expand(padded)]), padded
+    return torch.tensor(index + index[-1:] * padded), padded
 
 
 def window_cut(selection: FrameSelection) -> dict[str, int | str | None]:
@@ -151,7 +151,7 @@ def _read_image(path: Path) -> np.ndarray:
     elif image.mode in ("I", "F"):
         raise ClipError(f"{path}: has 32-bit samples, wanted 8 or 16 bits")
     else:
-        rgb = np.asarray(image.convert("RGB"))
+        rgb = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     swap, rows, columns = ORIENTATIONS.get(orientation, UPRIGHT)
     return (rgb.transpose(1, 0, 2) if swap else rgb)[::rows, ::columns]
 

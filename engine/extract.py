@@ -136,14 +136,15 @@ def prepare(
             return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
     try:
         window = spec.frames.window
-        shown = None if window is None else plan_clip(window, adapter, spec)[0].shown
+        planned = None if window is None else plan_clip(window, adapter, spec)
+        shown = None if planned is None else planned[0].shown
         with clock.host("decode"):
             clip = load_clip(ref, spec.frames, shown)
         clock.add("decode", nbytes=clip.frames.nbytes)
     except ClipError as error:
         return Unreadable(ref, "decode", error)
     try:
-        plan, kept = plan_clip(clip.window, adapter, spec)
+        plan, kept = planned or plan_clip(clip.window, adapter, spec)
         if window is None:
             clip = replace(clip, frames=clip.frames[list(plan.shown)], index=clip.index[list(plan.shown)])
         feeder.take(fed, clip, plan)

@@ -22,7 +22,7 @@ class RunLog:
     """One JSON line per clip as it is settled, and the bar beside it with clips/s, time left and failures."""
 
     def __init__(self, path: Path, total: int, *, shown: bool = True, tell: Progress = lambda *outcome: None):
-        self._file = path.open("ab", buffering=0)
+        self._path, self._file = path, path.open("ab", buffering=0)
         self._bar = bar(total, "clip", shown=shown)
         self._tell = tell
         self._failed = 0
@@ -31,12 +31,13 @@ class RunLog:
         if not outcome.endswith("elsewhere"):  # the process that did it writes it down
             line = {"time": round(time.time(), 3), "id": clip_id, "outcome": outcome, "reason": reason}
             data = json.dumps(line).encode() + b"\n"
-            with room_for(Path(self._file.name), len(data)):
+            with room_for(self._path, len(data)):
                 self._file.write(data)
         self._tell(clip_id, outcome, reason)
         self._failed += outcome.startswith("failed")
-        self._bar.set_postfix(failed=self._failed, refresh=False)
-        self._bar.update()
+        if not self._bar.disable:
+            self._bar.set_postfix(failed=self._failed, refresh=False)
+            self._bar.update()
 
     def __enter__(self) -> "RunLog":
         return self

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,6 +40,7 @@ class Refused(RuntimeError):
     """The model cannot be run in the way that was asked for. The message is one line that says why."""
 
 
+@lru_cache(maxsize=1024)  # every stage of a clip's life asks
 def check_clip_id(clip_id: str) -> str:
     """Returns `clip_id`, or raises ValueError: an id becomes a path below the store, so it must stay there."""
     if not clip_id.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in clip_id):
