@@ -15,7 +15,7 @@ class Measure:
 
     @property
     def arrow(self) -> str:
-        return {True: " ↑", False: " ↓", None: ""}[self.higher]
+        return {True: "\u00a0↑", False: "\u00a0↓", None: ""}[self.higher]
 
     def best(self, values: Iterable[float]) -> float | None:
         """Of numbers; None where there are none, or where it is not known which way is better."""

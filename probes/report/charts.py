@@ -14,7 +14,11 @@ from spatialprobe.probes.results import Result, varied
 
 WIDTH, HEIGHT = 520, 380  # user units; a chart is as wide as its column
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 48  # margins
-LINE = 15  # between two labels
+LETTER, LONGEST = 6.7, 34  # width of a letter of a name, and how many of them are shown
+PLACES = (  # of a name beside its mark, the first is preferred: x, y, what of it is there
+    (11, 4, "start"), (-11, 4, "end"), (9, -8, "start"), (-9, -8, "end"), (9, 16, "start"), (-9, 16, "end"),
+    (0, -12, "middle"), (0, 22, "middle"), (9, -20, "start"), (-9, -20, "end"), (9, 28, "start"), (-9, 28, "end"),
+)  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "diamond")  # of KINDS, then of the rest
 
 
@@ -134,16 +138,30 @@ def mark(row: Features, x: float, y: float, size: float = 6) -> Html:
 
 
 def names(points: Sequence[tuple[str, float, float]]) -> list[Html]:
-    """Names beside their marks, on the side with room, moved apart where two would be on one another."""
-    out, sides = [], {"start": [], "end": []}
+    """Names beside their marks: for each the first of PLACES where it covers nothing else, or the least."""
+    marks = [(x - 8, y - 8, x + 8, y + 8) for _, x, y in points]
+    placed: list[tuple[float, float, float, float]] = []
+    out = []
     for name, x, y in sorted(points, key=lambda p: p[2]):
-        anchor = "start" if x < (LEFT + WIDTH - RIGHT) / 2 else "end"
-        taken = sides[anchor]
-        at = max(y + 4, (taken[-1] + LINE) if taken else 0)
-        taken.append(at)
-        shown = name if len(name) <= 30 else name[:29] + "…"
-        out.append(label(shown, x + (11 if anchor == "start" else -11), at, anchor=anchor, class_="name"))
+        shown = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+        wide, places = LETTER * len(shown), []
+        for dx, dy, anchor in PLACES:
+            left = x + dx - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
+            box = (left, y + dy - 11, left + wide, y + dy + 3)
+            out_of_sight = max(0, LEFT - box[0]) + max(0, box[2] - WIDTH + 4) + max(0, TOP - 4 - box[1])
+            others = [mark for mark in marks if mark[:2] != (x - 8, y - 8)]
+            places.append(
+                (10 * out_of_sight + sum(overlap(box, other) for other in [*placed, *others]), box, dx, dy, anchor)
+            )
+        _, box, dx, dy, anchor = min(places, key=lambda place: place[0])
+        placed.append(box)
+        out.append(label(shown, x + dx, y + dy, anchor=anchor, class_="name"))
     return out
+
+
+def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Area that two boxes (left, top, right, bottom) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def legend(rows: Sequence[Features]) -> Html:

@@ -13,9 +13,10 @@ from spatialprobe.probes.report.maps import layer_maps
 from spatialprobe.probes.report.markup import Html, element, fold
 from spatialprobe.probes.report.published import FIGURES, SOURCE
 from spatialprobe.probes.report.relations import relation_tables
-from spatialprobe.probes.report.study import NONE, Bench, Study, best_of, number
+from spatialprobe.probes.report.study import HAS_ITS_OWN_PLACE, NONE, Bench, Study, best_of, number
 from spatialprobe.probes.report.style import CSS
 from spatialprobe.probes.report.tables import study_table
+from spatialprobe.probes.results import varied
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing from anywhere, and no script
 RANKED = 5  # rows of a card
@@ -187,6 +188,11 @@ def study_notes(study: Study) -> Iterator[str]:
         f"Where several probes read the same features, the table shows one, chosen on the validation clips: {told}. "
         "The numbers are of these same clips, so those of the best of many flatter it."
     )
+    for bench in study.benches:
+        shown = [p.first for row in study.rows if (p := study.best(row, bench))]
+        differing = [n for n in varied(shown)[0] if n not in HAS_ITS_OWN_PLACE] if shown else []
+        if differing:
+            yield f"{study.with_title(bench)}: settings of the probes differ between rows in {', '.join(differing)}."
     if any(len(p.results) > 1 for there in study.cells.values() for p in there):
         yield "A number with ± is the mean over seeds, and their standard deviation."
     if any(preset in FIGURES for row in study.rows for preset in row.presets):

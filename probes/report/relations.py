@@ -85,7 +85,7 @@ def type_table(rows: Sequence[tuple[Features, Probes]]) -> Html:
                 continue
             best = MAIN[kind].best(values) if len(rows) > 1 else None
             line = [
-                element("th", name.replace("_", " "), scope="row"),
+                element("th", name.replace("_from_", ", from ").replace("_", " "), scope="row"),
                 element("td", MAIN[kind].heading, class_="from"),
             ]
             line += [bar_cell(x, best=x == best) for x in values]

@@ -30,6 +30,7 @@ caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pa
 th, td { padding: .38rem .55rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 500; } thead th { color: var(--soft); border-bottom-color: var(--soft); vertical-align: bottom; }
 td:not(.from), th.number { text-align: right; white-space: nowrap; }
+th.number { white-space: normal; max-width: 9rem; overflow-wrap: break-word; }
 .plain td, .plain thead th + th { text-align: right; }
 tbody th[scope=row], thead tr:first-child th:first-child { position: sticky; left: 0; background: var(--back);
   min-width: 7.5rem; max-width: 17rem; overflow-wrap: anywhere; z-index: 1; }
@@ -62,6 +63,7 @@ HEAT
 .map td.none { border: 2px solid var(--back); }
 .pair { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .chart { width: 100%; max-width: 40rem; height: auto; display: block; font-size: 12px; }
+details .chart { max-width: 30rem; }
 .chart text { fill: var(--soft); } .chart .name, .chart .axis { fill: var(--ink); }
 .chart .grid { stroke: var(--line); } .mark { fill: var(--accent); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
@@ -90,7 +92,8 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
   .grid { min-width: 0; } table { font-size: .76rem; width: 100%; }
   td.from, th.from, td small { font-size: .66rem; } data { white-space: nowrap; }
   th, td { padding: .15rem .3rem; white-space: normal !important; min-width: 0 !important; }
-  tbody th[scope=row], thead tr:first-child th:first-child { position: static; }
+  tbody th[scope=row], thead tr:first-child th:first-child { position: static; overflow-wrap: break-word;
+    min-width: 5rem !important; } td.from { max-width: 5.5rem; }
   article { border: 1px solid var(--line); } a { color: inherit; text-decoration: none; }
   .bar, td.heat { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
