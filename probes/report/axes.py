@@ -22,6 +22,11 @@ class Measure:
         there = [x for x in values if x == x]
         return None if self.higher is None or not there else max(there) if self.higher else min(there)
 
+    def top(self, values: Iterable[float]) -> float | None:
+        """The best of numbers that are not all the same: what is in bold."""
+        there = {x for x in values if x == x}
+        return self.best(there) if len(there) > 1 else None
+
 
 @dataclass(frozen=True)
 class Axis:

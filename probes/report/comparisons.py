@@ -28,7 +28,7 @@ def fusion_tables(study: Study) -> Iterator[Html]:
             for m in bench.axis.measures:
                 values = [p.mean(m.metric) if p else math.nan for p in singles]
                 x, better = both.mean(m.metric), m.best(values)
-                top = m.best([x, *values])
+                top = m.top([x, *values])
                 for line, value in zip(lines, values, strict=True):
                     line.append(value_cell(value, best=value == top))
                 joined.append(value_cell(x, best=x == top, spread=both.spread(m.metric)))
@@ -101,7 +101,7 @@ def encoder_grid(bench: Bench, grid: dict[tuple[str, str, str], dict[str, list[P
         for encoder, by_position in grid.items()
         for position, probes in by_position.items()
     }
-    top = {m: m.best(p.mean(m.metric) for p in best.values() if p) for m in bench.axis.measures}
+    top = {m: m.top(p.mean(m.metric) for p in best.values() if p) for m in bench.axis.measures}
     lines = []
     for encoder in grid:
         model, _, own = encoder

@@ -28,7 +28,7 @@ def layer_map(title: str, row: Features, measure: Measure, values: dict[tuple[in
     layers = sorted({layer for layer, _ in values})
     steps = sorted({step for _, step in values}, key=lambda step: -1 if step is None else step)
     shade = shades(values.values(), measure)
-    best = measure.best(values.values())
+    best = measure.top(values.values())
     lines = []
     for layer in layers:
         line = [element("th", f"block {layer}", scope="row")]

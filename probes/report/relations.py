@@ -60,7 +60,7 @@ def plain_table(
     caption: str, measures: Sequence[Measure], rows: Sequence[tuple[Features, Probes]], *, bars: bool = False
 ) -> Html:
     """Features x numbers, the best of each column in bold where there are two."""
-    best = {m: m.best(p.mean(m.metric) for _, p in rows) if len(rows) > 1 else None for m in measures}
+    best = {m: m.top(p.mean(m.metric) for _, p in rows) for m in measures}
     cell = bar_cell if bars else value_cell
     lines = []
     for row, p in rows:
@@ -83,7 +83,7 @@ def type_table(rows: Sequence[tuple[Features, Probes]]) -> Html:
             values = [p.mean(metric) for _, p in rows]
             if of_level != level or not any(map(math.isfinite, values)):
                 continue
-            best = MAIN[kind].best(values) if len(rows) > 1 else None
+            best = MAIN[kind].top(values)
             line = [
                 element("th", name.replace("_from_", ", from ").replace("_", " "), scope="row"),
                 element("td", MAIN[kind].heading, class_="from"),

@@ -163,7 +163,7 @@ def bench_of(result: Result) -> Bench:
         result.labels,
         result.train_clips,
         result.val_clips,
-        result.split or f"drawn by seed {config.get('data_seed')}",
+        result.split or f"drawn by seed {config.get('data_seed')}, its clips not recorded",
         f"{views} views of a clip's first {context} frames, {gap} or more apart, among frames {query}",
         tuple(sorted(result.skipped)),
     )

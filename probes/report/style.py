@@ -77,6 +77,10 @@ summary::marker { color: var(--soft); } details[open] > summary { font-weight: 6
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 .grid { display: grid; gap: .3rem; align-items: center; font-size: .8rem; color: var(--soft); min-width: 46rem; }
 .grid img { width: 100%; image-rendering: pixelated; }
+.scene { width: 100%; height: auto; display: block; border-radius: 6px; margin-bottom: .5rem; font-size: 10px; }
+.scene .box { fill: none; stroke: #fff; stroke-width: 1.6; paint-order: stroke; outline: 1px solid #000; }
+.scene .plate { fill: #111; } .scene text { fill: #fff; font-weight: 700; }
+article .asked { color: var(--ink); } article .answer { color: var(--accent); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; margin: .4rem 0 1rem; }
 dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }

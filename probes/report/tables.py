@@ -37,10 +37,9 @@ def study_table(study: Study) -> Html:
     columns = [(bench, measure) for bench in study.benches for measure in bench.axis.measures]
     probes = {place: best_of(there) for place, there in study.cells.items()}
     best = {
-        (bench, measure): measure.best(p.mean(measure.metric) for (_, b), p in probes.items() if p and b == bench)
+        (bench, measure): measure.top(p.mean(measure.metric) for (_, b), p in probes.items() if p and b == bench)
         for bench, measure in columns
     }
-    alone = {bench for bench in study.benches if sum(b == bench for _, b in probes) < 2}
     groups = []
     for kind, rows in study.by_kind.items():
         width = 1 + len(columns) + len(study.benches)
@@ -51,8 +50,9 @@ def study_table(study: Study) -> Html:
                 p = probes.get((row, bench))
                 for measure in bench.axis.measures:
                     x = p.mean(measure.metric) if p else math.nan
-                    bold = bench not in alone and x == best[bench, measure]
-                    cells.append(value_cell(x, best=bold, spread=p.spread(measure.metric) if p else None))
+                    cells.append(
+                        value_cell(x, best=x == best[bench, measure], spread=p.spread(measure.metric) if p else None)
+                    )
                 cells.append(element("td", told(p, study.cells[row, bench]) if p else None, class_="from"))
             lines.append(element("tr", element("th", row.name, scope="row"), cells))
             lines += published_row(row, study.benches)
