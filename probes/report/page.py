@@ -205,7 +205,8 @@ def study_notes(study: Study) -> Iterator[str]:
 def bench_words(bench: Bench) -> str:
     words = [
         f"labels {bench.labels}",
-        f"{counted(bench.train_clips, 'training clip')}, {counted(bench.val_clips, 'validation clip')} (set {bench.split})",
+        counted(bench.train_clips, "training clip"),
+        f"{counted(bench.val_clips, 'validation clip')} (set {bench.split})",
         bench.views,
     ]
     words += [f"{counted(len(bench.skipped), 'clip')} left out"] if bench.skipped else []

@@ -117,7 +117,8 @@ def best_of(probes: Iterable[Probes]) -> Probes | None:
         return there[0] if there else None
     by = criterion(there[0].first.task)
     scored = [(p.mean(by.metric), p) for p in there]
-    return next((p for x, p in scored if x == by.best(x for x, _ in scored)), None)
+    best = by.best(x for x, _ in scored)
+    return next((p for x, p in scored if x == best), None)
 
 
 def make_study(collection: Collection) -> Study:
