@@ -25,12 +25,16 @@ SMALL = 1 << 16  # bytes of a file that is put together in memory and written by
 MAX_HEADER = 1 << 24  # bytes; a longer header is damage
 TAGS = {
     "I64": torch.int64,
+    "F64": torch.float64,
+    "I32": torch.int32,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "BOOL": torch.bool,
 }
 _TAG_OF = {dtype: tag for tag, dtype in TAGS.items()}
 _NO_CHECKSUM = b"0" * 64  # stands in the header while the rest of the file is hashed

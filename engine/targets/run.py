@@ -1,6 +1,5 @@
 """`engine targets`: a teacher's labels for clips. Loader threads decode, the calling thread predicts, writers store."""
 
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.queues import Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report
 from spatialprobe.engine.sources import list_clips
-from spatialprobe.engine.targets.folder import SPEC, TargetFolder, TargetSpec, failed_clips
+from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
 from spatialprobe.engine.targets.teachers import Maps, Size, Teacher, open_teacher
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, FrameSelection, parse_query
@@ -84,18 +83,15 @@ def run_targets(job: Job, cameras: Cameras | None = None, *, retry_failed: bool 
     refs = select_shard(list_clips(job.clips, job.layout), job.shard, job.limit)
     TargetFolder.check_place(out, spec)
     if retry_failed:
-        if not (out / SPEC).exists():
-            raise ValueError(f"there is nothing to retry: {out} is no folder of targets")
-        failed = failed_clips(out)
+        failed = TargetFolder.failed(out)
         refs = [ref for ref in refs if ref.id in failed]
     teacher.load(device, COMPUTE_DTYPES[dtype])
     folder, started = TargetFolder(out, spec), datetime.now(UTC)
     with RunLog(out / "log.jsonl", total=len(refs)) as log:
         report = make_targets(refs, teacher, folder, cameras, writers=job.writers, progress=log.clip)
-    shard = f"-{job.shard.replace('/', 'of')}" if job.shard else ""
     record = {"started": started.isoformat(timespec="seconds"), "job": asdict(job)} | asdict(report)
     try:
-        folder.write_record(f"run{shard}.json", json.dumps(record, indent=1))
+        folder.record_report(job.shard, record)
     except StoreFull as error:
         report.stopped = report.stopped or str(error)
     return report, out
