@@ -96,8 +96,8 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
   .grid { min-width: 0; } table { font-size: .76rem; width: 100%; }
   td.from, th.from, td small { font-size: .66rem; } data { white-space: nowrap; }
   th, td { padding: .15rem .3rem; white-space: normal !important; min-width: 0 !important; }
-  tbody th[scope=row], thead tr:first-child th:first-child { position: static; overflow-wrap: break-word;
-    min-width: 5rem !important; } td.from { max-width: 5.5rem; }
+  tbody th[scope=row], thead tr:first-child th:first-child { position: static; overflow-wrap: anywhere;
+    min-width: 6rem !important; } td.from { max-width: 5.5rem; }
   article { border: 1px solid var(--line); } a { color: inherit; text-decoration: none; }
   .bar, td.heat { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
