@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spatialprobe.engine.cameras import check_centre, resized_intrinsic
 from spatialprobe.engine.decode import describe_cut, load_clip, window_cut
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.images import resize
@@ -28,7 +29,6 @@ from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, 
 
 WINDOW = 81  # frames, the study's
 LONGER_SIDE, CELL = 518, 14  # pixels of the study's maps, multiples of VGGT's patch
-OFF_CENTRE = 0.25  # of an image's side: a principal point farther from the middle is that of larger or smaller images
 SOURCE_FRAMES = window_cut(FrameSelection())  # of labels whose frame f is the source's frame f
 
 
@@ -175,16 +175,8 @@ def scaled_cameras(cameras: Cameras, clip: Clip, size: Size) -> dict[str, Tensor
         frames = [min(f, clip.window - clip.padded - 1) for f in range(clip.window)]
     read = cameras.read(clip.id, frames, ("extrinsic", "intrinsic"))
     shape = cameras.read(clip.id, frames[:1], ("images",))["images"].shape[2:]
-    centre = read["intrinsic"][:, :2, 2] / torch.tensor([shape[1], shape[0]])
-    if (centre - 0.5).abs().max() > OFF_CENTRE:
-        raise ValueError(
-            f"intrinsics have their principal point at {read['intrinsic'][0, :2, 2].tolist()} of images of "
-            f"{shape[0]}x{shape[1]} pixels; if they are of others (ScanNet's of 968x1296), say --intrinsic-size"
-        )
-    resizing = torch.eye(3)
-    for axis, (to, of) in enumerate(((size[1], shape[1]), (size[0], shape[0]))):
-        resizing[axis, axis], resizing[axis, 2] = to / of, 0.5 * to / of - 0.5  # centres are whole numbers
-    return {"extrinsic": read["extrinsic"], "intrinsic": resizing @ read["intrinsic"]}
+    check_centre(read["intrinsic"], shape)
+    return {"extrinsic": read["extrinsic"], "intrinsic": resized_intrinsic(read["intrinsic"], shape, size)}
 
 
 def predict(decoded: Decoded, teacher: Teacher, clock: Clock) -> Maps:

@@ -7,7 +7,7 @@ dataset's own unit (metres for ScanNet and the demo; DL3DV's scenes each have a 
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -50,6 +50,9 @@ class Labels(ABC):
     relation_names: tuple[str, ...] = ()  # of what relations may ask
     selection: FrameSelection = FrameSelection()  # its start and stride say which source frame is which label's
     metric: bool = True  # whether lengths are metres
+    up: tuple[float, float, float] | None = None  # of the world that extrinsic is of, where it is known
+    cameras_of: Path | None = None  # folder of the labels that extrinsic was taken from, if not made by these
+    identity_is_no_pose: bool = False  # whether a frame without a pose has the identity
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -92,6 +95,14 @@ class Labels(ABC):
             read = self._read(path, list(frames), wanted)
             _check(read, len(frames), len(self.class_names))
         return {name: read[name] for name in wanted}
+
+    def object_names(self, clip_id: str) -> dict[int, str]:
+        """What the objects of instance_masks are called, by their ids; of some or none where that is not known."""
+        return {}
+
+    def padded(self, clip_id: str) -> int:
+        """Frames at the end of the window that repeat the last one of the clip."""
+        return 0
 
     @contextmanager
     def _explained(self, clip_id: str) -> Iterator[Path]:
@@ -157,6 +168,19 @@ def split_ids(root: Path, split: str) -> list[str]:
     return [check_clip_id("/".join(pair)) for pair in pairs]
 
 
+def read_names(file: Path, key: str, pair: Callable[[dict], tuple[int, str]]) -> dict[int, str]:
+    """Names by id of the entries below `key` in a JSON file; none where it is missing. Raises ValueError for others."""
+    try:
+        pairs = [pair(entry) for entry in json.loads(file.read_text(encoding="utf-8-sig"))[key]]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file.name} must list named objects below {key}: {error!r}") from error
+    if wrong := [p for p in pairs if not (isinstance(p[0], int) and p[0] > 0 and isinstance(p[1], str) and p[1])]:
+        raise ValueError(f"{file.name} must have ids from 1 and names, got {wrong[0]}")
+    return dict(pairs)
+
+
 def mapped_array(path: Path) -> np.ndarray:
     """An .npy file, of which nothing but the header is read."""
     with _ONE_HEADER:
@@ -179,6 +203,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self._file = safe_open(path, "pt")
         self.keys = set(self._file.keys())
+        self.metadata = self._file.metadata() or {}
 
     def shape(self, name: str) -> list[int]:
         self._must_hold(name)

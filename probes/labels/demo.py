@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, NO_TAG
 from spatialprobe.engine.types import ClipRef
-from spatialprobe.probes.labels.base import Labels, TensorFile, read_images, world_to_camera
+from spatialprobe.probes.labels.base import Labels, TensorFile, read_images, read_names, world_to_camera
 
 
 class DemoLabels(Labels):
@@ -17,6 +17,7 @@ class DemoLabels(Labels):
         "tag_pixel_counts", "instance_masks", "depth", "points", "confidence", "extrinsic", "intrinsic", "images",
     )  # fmt: skip
     class_names = CLASS_NAMES_20
+    up = (0.0, 0.0, 1.0)
 
     def ids(self, split: str | None = None) -> list[str]:
         if split is not None:
@@ -26,6 +27,11 @@ class DemoLabels(Labels):
 
     def path(self, clip_id: str) -> Path:
         return self.root / "labels" / f"{clip_id}.safetensors"
+
+    def object_names(self, clip_id: str) -> dict[int, str]:
+        """Their kinds, which are finer than their tags: a nightstand is a cabinet."""
+        with self._explained(clip_id) as path:
+            return read_names(path.with_suffix(".json"), "objects", lambda thing: (thing["id"], thing["kind"]))
 
     def _frames(self, path: Path) -> int:
         return TensorFile(path).shape("depth")[0]

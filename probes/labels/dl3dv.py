@@ -4,10 +4,12 @@ The file's frames begin at its `start_idx`, as the window of features extracted 
 that `engine targets` made have the same files, and say in targets.json where their windows begin.
 """
 
+import json
 from pathlib import Path
 
 from torch import Tensor
 
+from spatialprobe.engine.clipfile import METADATA_KEY
 from spatialprobe.engine.targets.folder import SPEC, read_spec
 from spatialprobe.engine.types import FrameSelection
 from spatialprobe.probes.labels.base import Labels, TensorFile, split_ids
@@ -31,7 +33,9 @@ class DL3DVLabels(Labels):
     def __init__(self, root: str | Path):
         super().__init__(root)
         if (made := self.root / SPEC).exists():
-            self.selection, self.metric = read_spec(made).frames, True  # what teachers give is in metres
+            spec = read_spec(made)
+            self.selection, self.metric = spec.frames, True  # what teachers give is in metres
+            self.cameras_of = Path(spec.cameras) if spec.cameras else None
 
     def ids(self, split: str | None = None) -> list[str]:
         if split is not None:
@@ -40,6 +44,10 @@ class DL3DVLabels(Labels):
 
     def path(self, clip_id: str) -> Path:
         return self.root / f"{clip_id}.sft"
+
+    def padded(self, clip_id: str) -> int:
+        with self._explained(clip_id) as path:
+            return json.loads(TensorFile(path).metadata.get(METADATA_KEY, "{}")).get("padded", 0)  # if we made it
 
     def _frames(self, path: Path) -> int:
         return TensorFile(path).shape("depthmaps")[0]

@@ -15,6 +15,7 @@ from spatialprobe.probes.labels.base import (
     mapped_array,
     read_array,
     read_images,
+    read_names,
     split_ids,
     world_to_camera,
 )
@@ -29,6 +30,7 @@ class ScanNetLabels(Labels):
     """
 
     names = ("tag_pixel_counts", "instance_masks", "extrinsic", "intrinsic", "images")
+    up, identity_is_no_pose = (0.0, 0.0, 1.0), True
 
     def __init__(self, root: str | Path, *, classes: int = 20, intrinsic_size: tuple[int, int] | None = None):
         super().__init__(root)
@@ -54,6 +56,14 @@ class ScanNetLabels(Labels):
 
     def path(self, clip_id: str) -> Path:
         return self.root / clip_id
+
+    def object_names(self, clip_id: str) -> dict[int, str]:
+        """From ScanNet's own <scene>.aggregation.json, or aggregation.json, in the clip's folder, if it is there."""
+        with self._explained(clip_id) as path:
+            for file in (path / f"{path.name}.aggregation.json", path / "aggregation.json"):
+                if file.exists():  # the masks of the published preprocessing have objectId + 1
+                    return read_names(file, "segGroups", lambda group: (group["objectId"] + 1, group["label"]))
+        return {}
 
     def _frames(self, path: Path) -> int:
         with safe_open(path / "metadata.sft", "pt") as file:
