@@ -7,11 +7,13 @@ import numpy as np
 import torch
 
 from spatialprobe.engine.demo.scenes import look_at
+from spatialprobe.engine.lifting.folder import LiftFolder, LiftSpec, file_tensors, table_words
+from spatialprobe.engine.lifting.lift import Lifted
 from spatialprobe.engine.lifting.objects import ObjectTable
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
-from spatialprobe.probes.labels import Labels
+from spatialprobe.probes.labels import Labels, LiftedLabels
 from spatialprobe.probes.labels.relations import NAMES, relation_rows
 from spatialprobe.probes.sampling import generator
 
@@ -138,3 +140,13 @@ class RoomLabels(Labels):
         read = {"relations": relation_rows(table, frames, self.rows)}
         read["instance_masks"] = torch.from_numpy(masks[frames].astype(np.int32))
         return {name: read[name] for name in wanted}
+
+
+def write_lifted(root: Path, rooms: dict[str, Room], points: dict[str, np.ndarray] | None = None) -> LiftedLabels:
+    """The rooms as `engine lift` leaves them, with `points` [V, H, W, 3] of each, or without."""
+    spec = LiftSpec("rooms", "rooms", FrameSelection(), True, (0, 0, 1), points="none" if points is None else "float32")
+    folder = LiftFolder(root, spec)
+    for clip_id, (table, masks) in rooms.items():
+        maps = None if points is None else torch.from_numpy(points[clip_id].astype(np.float32))
+        folder.write(clip_id, file_tensors(Lifted(table, maps, [], []), masks), table_words(table))
+    return LiftedLabels(root)

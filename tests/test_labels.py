@@ -197,7 +197,7 @@ def test_a_folder_is_recognised(made, tmp_path):
         open_labels(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         open_labels(tmp_path / "none")
-    with pytest.raises(ValueError, match="layout must be auto or one of scannet, dl3dv, demo, got 'coco'"):
+    with pytest.raises(ValueError, match="layout must be auto or one of scannet, dl3dv, demo, lifted, got 'coco'"):
         open_labels(made, "coco")
     for name in ("labels", "1K"):
         (tmp_path / name).mkdir()
