@@ -98,8 +98,9 @@ class SceneTruth:
 
     def corners(self, thing: int) -> np.ndarray:  # [4, 2] seen from above
         x, y, _ = self.things[thing].size
-        return np.array([[-x, -y], [x, -y], [x, y], [-x, y]]) / 2 @ rotation(self.things[thing].yaw)[:2, :2].T + (
-            self.centre(thing)[:2]
+        return (
+            np.array([[-x, -y], [x, -y], [x, y], [-x, y]]) / 2 @ rotation(self.things[thing].yaw)[:2, :2].T
+            + (self.centre(thing)[:2])
         )
 
     def gap(self, a: int, b: int) -> float:
