@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.demo.scene_files import write_demo
+from spatialprobe.engine.demo.scene_files import write_demo, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.job import Job
@@ -165,6 +165,37 @@ def test_other_words_do_not_pass_for_finished_runs(study, scenes, encoders, tmp_
     told = capsys.readouterr().err
     assert "clip-native/tagging failed:" in told
     assert "is of another run; choose another folder" in told
+
+
+def test_a_study_of_other_clips_or_labels_wants_another_folder(study, scenes, encoders, tmp_path, capsys):
+    """They have the same ids, so that their stores and runs could not be told apart."""
+    out, _ = study
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    other = shutil.copytree(scenes, tmp_path / "other")
+    for word, place in (("clips", other / "images"), ("labels", other)):
+        said = words(scenes, encoders, out)
+        said[said.index(str(scenes / "images" if word == "clips" else scenes))] = str(place)
+        assert main(said) == 2
+        told = capsys.readouterr().err
+        assert f"{out} is a study of other data; choose another folder: {word}: {scenes}" in told
+        assert f"there, {place} asked" in told
+    assert main(words(scenes, encoders, scenes)) == 2
+    assert f"{scenes} is not empty and no study: it holds images, labels" in capsys.readouterr().err
+    assert main(words(scenes, encoders, encoders["clip"] / "config.json")) == 2
+    assert "config.json is a file; a study is a folder" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_other_classes_are_other_labels(encoders, tmp_path, capsys):
+    """ScanNet's lists of classes lie in one folder."""
+    root = write_scannet(tmp_path, "train", [make_scene(i, frames=FRAMES, height=24, width=36) for i in range(3)])
+    listing = json.loads((root / "class_names_20.json").read_text())
+    (root / "class_names_5.json").write_text(json.dumps(listing | {"names": listing["names"][:5]}))
+    said = words(root, {"clip": encoders["clip"]}, tmp_path / "out", pos_embed="native", tasks="instance")
+    said[1] = str(root)
+    assert main([*said, "--position", "none"]) == 0
+    assert main([*said, "--position", "none", "--classes", "5"]) == 2
+    assert "choose another folder: classes: 20 there, 5 asked" in capsys.readouterr().err
 
 
 class Killed(BaseException):

@@ -3,6 +3,7 @@
 A part is one encoder with its positions in one way. What is wrong with one encoder is not known before it is run.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,8 @@ from spatialprobe.probes.labels import Labels
 from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.setup import grid_configs, split
 from spatialprobe.probes.task import ProbeConfig
+
+SUMMARY = "study.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Study:
             raise ValueError("pos_embed is what the study varies, not an option of every encoder")
         self._check_probes()
         self._check_clips()
+        self._check_place()
 
     def _check_probes(self) -> None:
         for task in self.axes:
@@ -86,6 +90,30 @@ class Study:
         clips = _Listed([ref.id for ref in job_clips(self.job(self.parts[0]))])
         for seed in {self.configs(task)[0].data_seed for task in self.axes}:
             split([clips], self.labels, self.val, seed, "raise")
+
+    def _check_place(self) -> None:
+        """Raises ValueError where `out` is something else, or a study of other data, whose runs would look the same."""
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is a file; a study is a folder")
+        file = self.out / SUMMARY
+        if not file.exists():
+            names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+            if foreign := sorted(names - {"stores", "runs", ".tmp"}):
+                raise ValueError(f"{self.out} is not empty and no study: it holds {', '.join(foreign)}")
+            return
+        try:
+            there = json.loads(file.read_text())["asked"]
+            differing = [f"{name}: {there[name]} there, {x} asked" for name, x in self.data.items() if there[name] != x]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{file} is no study's; choose another folder ({error!r})") from error
+        if differing:
+            raise ValueError(f"{self.out} is a study of other data; choose another folder: {'; '.join(differing)}")
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What clips and labels are known by, beside their ids."""
+        places = {"clips": str(Path(self.words["clips"]).absolute()), "labels": str(self.labels.root.absolute())}
+        return places | {"classes": len(self.labels.class_names)}
 
     @property
     def parts(self) -> list[Part]:

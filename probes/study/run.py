@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.adapter import plan_clip
-from spatialprobe.engine.durable import RunFolder, StoreFull, make_folder, publish, write_text
+from spatialprobe.engine.durable import StoreFull, room_for, write_whole
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.processes.workers import run_workers
 from spatialprobe.engine.progress import summary
@@ -26,10 +26,9 @@ from spatialprobe.engine.types import Refused
 from spatialprobe.probes.loop import TASKS, TrainProgress, train
 from spatialprobe.probes.results import Result, read_results, split_hash
 from spatialprobe.probes.setup import sampling_of, split
-from spatialprobe.probes.study.asked import Part, Study
+from spatialprobe.probes.study.asked import SUMMARY, Part, Study
 from spatialprobe.probes.task import ProbeConfig
 
-SUMMARY = "study.json"
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError, ImportError)  # of one part: the others go on
 EXPECTED = (ValueError, OSError, MemoryError, Refused)  # of these the message is enough
 
@@ -60,7 +59,8 @@ def run_study(
     could be done after them.
     """
     found = Findings()
-    make_folder(study.out)
+    if not (study.out / SUMMARY).exists():
+        write_summary(study, found)  # before all else it says of which data the folder is
     for part in study.parts:
         for task, why, results in run_part(study, part, tell, progress):
             if why:
@@ -179,7 +179,7 @@ def finished(path: Path, configs: Sequence[ProbeConfig], study: Study, store: Fe
 
 
 def write_summary(study: Study, found: Findings) -> None:
-    """study.json: every probe with what distinguishes it and where its results are, and what failed."""
+    """Writes study.json: every probe with what distinguishes it and where its results are, and what failed."""
     probes = [
         {"encoder": part.encoder, "model": part.model, "pos_embed": part.pos_embed, "task": task}
         | {name: result.config[name] for name in ("position", "layer", "step", "seed")}
@@ -190,9 +190,7 @@ def write_summary(study: Study, found: Findings) -> None:
         for number, result in enumerate(results)
     ]
     asked = {"encoders": study.encoders, "pos_embed": study.pos_embed, "tasks": list(study.axes)}
-    asked |= {"position": study.position, "seeds": study.seeds, "labels": str(study.labels.root)}
-    scratch = RunFolder(study.out / ".tmp")
-    temp = scratch.file()
-    write_text(temp, json.dumps({"asked": asked, "probes": probes, "failed": found.failed}, indent=1, default=str))
-    publish(temp, study.out / SUMMARY)
-    scratch.close()
+    asked |= {"position": study.position, "seeds": study.seeds} | study.data
+    text = json.dumps({"asked": asked, "probes": probes, "failed": found.failed}, indent=1, default=str)
+    with room_for(study.out / SUMMARY, len(text)):
+        write_whole(study.out / SUMMARY, text)
