@@ -22,10 +22,7 @@ def add_probe_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--features", required=True, action="append", metavar="STORE", help="a store; several are joined on channels"
     )
     sub.add_argument(
-        "--labels",
-        required=True,
-        metavar="DATA",
-        help="ScanNet-processed, DL3DV-processed, demo scenes or lifted clips",
+        "--labels", required=True, metavar="DATA", help="ScanNet-processed, DL3DV-processed, demo or lifted clips"
     )
     sub.add_argument("--classes", metavar="K", type=int, help="ScanNet: the list class_names_K.json (default: 20)")
     sub.add_argument("--out", required=True, metavar="DIR", help="results, probes, pictures; run again to resume")
