@@ -11,6 +11,8 @@ from pathlib import Path
 from spatialprobe.engine.clipfile import all_files
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.job import select_shard
+from spatialprobe.engine.lifting.folder import SPEC as LIFT_SPEC
+from spatialprobe.engine.lifting.folder import SUFFIX, read_table
 from spatialprobe.engine.lifting.objects import ObjectTable
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.questions.ask import Chosen, ask_together, choose, together
@@ -21,7 +23,6 @@ from spatialprobe.engine.questions.types import BY_TYPE
 from spatialprobe.engine.report import Report
 from spatialprobe.engine.types import ClipError
 
-LIFT_SPEC, SUFFIX = "lift.json", ".sft"  # of the folder that `engine lift` makes
 TOGETHER = 32  # clips that are looked at together, if they have at most
 TOGETHER_OBJECTS = 24  # objects; the pairs of more objects take more memory
 
@@ -47,11 +48,10 @@ def run_ask(job: AskJob, *, retry_failed: bool = False) -> tuple[Report, Path, d
     Returns the report, the folder, and its summary. Raises ValueError for a job that cannot be done, before anything
     is written.
     """
-    from spatialprobe.engine.lifting.folder import read_table
-
     root, out = Path(job.lifted), Path(job.out)
     ids = clip_ids(root)[: job.limit]
-    check_images(job.images)
+    if job.images is not None:
+        check_images(job.images)
     spec = QuestionSpec(
         settings=job.settings,
         clips=len(ids),
@@ -68,10 +68,9 @@ def run_ask(job: AskJob, *, retry_failed: bool = False) -> tuple[Report, Path, d
     with RunLog(out / "log.jsonl", total=len(parts)) as log:
         report = ask_parts(root, ids, parts, folder, read_table, retry_failed=retry_failed, progress=log.clip)
     summary = folder.summary(range(-(-len(ids) // spec.part_clips)))
-    shard = f"-{job.shard.replace('/', 'of')}" if job.shard else ""
     try:
-        folder.write(out / f"run{shard}.json", json.dumps({"job": asdict(job)} | asdict(report), indent=1))
-        folder.write(out / "summary.json", json.dumps(summary, indent=1))
+        folder.record_report(job.shard, {"job": asdict(job)} | asdict(report))
+        folder.write_record("summary.json", json.dumps(summary, indent=1))
     except StoreFull as error:
         report.stopped = report.stopped or str(error)
     return report, out, summary
@@ -87,10 +86,11 @@ def clip_ids(root: Path) -> list[str]:
     return ids
 
 
-def check_images(pattern: str | None) -> None:
+def check_images(pattern: str) -> None:
     try:
-        if pattern is not None and pattern.format(clip="a", frame=1) == pattern.format(clip="a", frame=2):
-            raise ValueError("it has no {frame}")
+        paths = [pattern.format(clip=clip, frame=frame) for clip, frame in (("a", 1), ("a", 2), ("b", 2))]
+        if len(set(paths)) < 3:
+            raise ValueError("it lacks one of them")
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"images must be a path with {{clip}} and {{frame}} in it, got {pattern!r}: {error}"
@@ -130,7 +130,9 @@ def ask_parts(
             report.failures[clip_id] = f"{stage}: {reason}"
         failed = len(made.failures)
         report.written, report.failed = report.written + len(of_part) - failed, report.failed + failed
-        progress(folder.path(part).stem, "failed" if failed else "written", f"{failed} clips failed" if failed else "")
+        progress(
+            folder.part_path(part).stem, "failed" if failed else "written", f"{failed} clips failed" if failed else ""
+        )
     return report
 
 
