@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spatialprobe.engine.lifting.agreement import check_agreement, check_units
 from spatialprobe.engine.lifting.boxes import Seen, box_of
 from spatialprobe.engine.lifting.frame import lifted_frame, surface_sample
 from spatialprobe.engine.lifting.objects import ObjectTable
@@ -60,6 +61,9 @@ def lift(
     check(depth, extrinsic, intrinsic, masks, frames)
     intrinsic = intrinsic.astype(np.float64)
     world = camera_to_world(extrinsic)
+    if metric:
+        check_units(depth, world)
+    check_agreement(depth, intrinsic, world)
     frame = lifted_frame(*surface_sample(depth, intrinsic, world), world, up)
     poses = frame.matrix @ world
     ids = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
@@ -92,7 +96,12 @@ def lift(
         sample_points=np.stack([sample[1] for sample in samples]),
         sample_ids=np.stack([sample[2] for sample in samples]),
     )
-    return Lifted(table, maps, sorted(set(named.tolist()) - set(named[there].tolist())), sorted(set(ids) - set(named)))
+    return Lifted(
+        table,
+        maps,
+        sorted(set(named.tolist()) - set(named[there].tolist())),
+        sorted(set(ids.tolist()) - set(named.tolist())),
+    )
 
 
 def check(
@@ -237,7 +246,7 @@ def point_map(depth: np.ndarray, view: View, out: Tensor) -> None:  # [H, W] -> 
 
 
 def sample(view: View, seed: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # int64 [K, 2], float64 [K, 3], [K]
-    """K pixels whose neighbours, and theirs, are on their surface; drawn by `seed`. Where none is, any of known depth."""
+    """K pixels whose neighbours, and theirs, are on their surface; drawn by `seed`. Where none is, any with depth."""
     inner = view.joined == 15
     for step in (1, view.stride):
         inner[step:-step] &= inner[: -2 * step] & inner[2 * step :]

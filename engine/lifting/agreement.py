@@ -1,0 +1,55 @@
+"""Whether depth and poses can be of one scene and in the unit they are said to be in. It knows no objects."""
+
+from itertools import pairwise
+
+import numpy as np
+
+from spatialprobe.engine.types import ClipError
+
+ROOMS = (0.05, 300.0)  # metres from a camera to the middle one of the points it sees
+JOURNEY = 1000.0  # metres between two cameras of a clip
+VIEWS, POINTS, FEWEST = 9, 500, 50
+APART = 0.25  # median relative difference between what two views say of one point: teachers differ by a tenth
+
+
+def check_units(depth: np.ndarray, poses: np.ndarray) -> None:  # [V, H, W], [V, 4, 4] camera to world
+    """Raises ClipError for "metres" that cannot be metres."""
+    some = depth[:: 1 + len(depth) // VIEWS, ::4, ::4] if min(depth.shape[1:]) >= 4 else depth
+    middle = float(np.median(some[some > 0])) if (some > 0).any() else float(depth.max())
+    if not ROOMS[0] <= middle <= ROOMS[1]:
+        raise ClipError(
+            f"depth cannot be in metres: half of the points are farther than {middle:.3g}; if its scale is not "
+            f"known, say --scale free"
+        )
+    moved = float(np.linalg.norm(poses[:, :3, 3] - poses[0, :3, 3], axis=1).max())
+    if moved > JOURNEY:
+        raise ClipError(f"poses cannot be in metres: the camera moves by {moved:.3g}")
+
+
+def check_agreement(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray) -> None:
+    """Raises ClipError if points of one view are not where the next one sees them: units, poses or frames differ."""
+    chosen = np.unique(np.linspace(0, len(depth) - 1, VIEWS).round().astype(int))
+    found = [apart(depth, intrinsic, poses, i, j) for i, j in pairwise(chosen)]
+    found = [x for x in found if x is not None]
+    if found and np.median(found) > APART:
+        raise ClipError(
+            f"depth and poses do not agree: what one view shows, another has at a depth that differs by "
+            f"{np.median(found):.0%}; are they in one unit, and of the same frames?"
+        )
+
+
+def apart(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray, i: int, j: int) -> float | None:
+    """Median relative difference of depth at points of view i in view j; None if they have too few in common."""
+    v, u = np.nonzero(depth[i] > 0)
+    step = 1 + len(v) // POINTS
+    v, u = v[::step], u[::step]
+    rays = np.linalg.inv(intrinsic[i]) @ np.stack([u, v, np.ones_like(u)])
+    world = poses[i, :3, :3] @ (rays * depth[i, v, u]) + poses[i, :3, 3:]
+    there = poses[j, :3, :3].T @ (world - poses[j, :3, 3:])
+    pixels = intrinsic[j] @ there[:, there[2] > 0]
+    z = pixels[2]
+    at = np.round(pixels[:2] / z).astype(int)
+    inside = ((at >= 0) & (at < np.array([[depth.shape[2]], [depth.shape[1]]]))).all(0)
+    seen = depth[j, at[1, inside], at[0, inside]]
+    ratio = z[inside][seen > 0] / seen[seen > 0]
+    return float(np.median(np.abs(ratio - 1))) if len(ratio) >= FEWEST else None
