@@ -42,7 +42,7 @@ def boxes_of(number: int, *, objects: int = 7, frames: int = FRAMES) -> Room:
     yaw = rng.uniform(-np.pi / 2, np.pi / 2, objects)
     table = ObjectTable(
         f"boxes{number:03d}", SIZE, True, "poses", 1.0, ("box",) * objects,
-        frames=np.arange(frames), poses=poses, intrinsic=np.broadcast_to(intrinsic, (frames, 3, 3)),
+        frames=np.arange(frames), poses=poses, intrinsic=np.tile(intrinsic, (frames, 1, 1)),
         ids=ids, centre=centre, extent=extent, yaw=yaw, complete=np.ones((objects, 3), bool),
         pixels=np.zeros((objects, frames), np.int64), whole=np.ones((objects, frames)),
         nearest=np.full((objects, frames), np.inf), box=np.full((objects, frames, 4), np.nan),

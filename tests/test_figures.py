@@ -12,6 +12,7 @@ from PIL import Image
 from spatialprobe.probes import figures
 from spatialprobe.probes.figures import (
     NEUTRAL,
+    bar_figure,
     curve_figure,
     depth_figure,
     id_colours,
@@ -363,6 +364,28 @@ def test_a_map_of_another_shape_is_refused(tmp_path):
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_bars_are_as_long_as_their_numbers(tmp_path, drawn):
+    told = {"right answers": {"left": 0.875, "above": 0.5}, "near": {"far": 1.0}, "nothing": {}}
+    bar_figure(told, tmp_path / "bars.png", chance={"right answers": 0.5}, title="probe")
+    (figure,) = drawn
+    first, second = figure.axes
+    assert [bar.get_width() for bar in first.patches] == [0.875, 0.5]
+    assert [text.get_text() for text in first.texts] == ["0.88", "0.50"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["left", "above"]
+    assert first.get_title("left") == "right answers (dashed: guessing)"
+    assert list(first.lines[0].get_xdata()) == [0.5, 0.5]
+    assert not second.lines
+    image = pixels(tmp_path / "bars.png")
+    blue = [round(255 * c) for c in to_rgb(figures.COLOURS[0])]
+    _, left, _, width = box(image, blue)
+    rows, columns = places(image, blue)
+    top = rows < rows.min() + 10  # the first bar, beside the longest in the picture
+    assert np.ptp(columns[top]) / width == pytest.approx(0.875, abs=0.01)
+    assert columns[top].min() == left, "the first name is above the second"
+    with pytest.raises(ValueError, match="bars need at least one number, got none"):
+        bar_figure({"nothing": {}}, tmp_path / "none.png")
 
 
 def test_files_repeat_whatever_the_users_settings_are(tmp_path):

@@ -29,6 +29,7 @@ def thinned(table, frames: list[int]):
 def test_lifted_clips_are_read_for_the_frames_asked_for(tmp_path):
     scene = make_scene(3, frames=9, height=24, width=40)
     table, clip = table_of_scene(scene), render_clip(scene)
+    table = replace(table, intrinsic=table.intrinsic.copy())  # torch warns of arrays that cannot be written to
     rays = np.stack([*np.mgrid[:24, :40][::-1], np.ones((24, 40))], -1) @ np.linalg.inv(scene.intrinsic).T
     points = np.einsum("vij,hwj->vhwi", table.poses[:, :3, :3], rays) * clip.depth[..., None]
     points += table.poses[:, None, None, :3, 3]
