@@ -16,7 +16,7 @@ from spatialprobe.engine.questions.views import look
 from spatialprobe.probes.sampling import generator
 
 ROWS = 256  # P
-# A probe sees the first view always, the last one seldom: what is asked from another position is asked from there.
+# Asked from another position means from the first view's, which a probe always sees; the clip's last it seldom sees.
 NAMES = tuple(relation.name.replace("_from_last", "_from_first") for relation in RELATIONS)
 FROM_FIRST = np.array([name.endswith("_from_first") for name in NAMES])  # [R]
 KINDS = tuple(
