@@ -199,6 +199,8 @@ def test_a_folder_is_recognised(made, tmp_path):
         open_labels(tmp_path / "none")
     with pytest.raises(ValueError, match="layout must be auto or one of scannet, dl3dv, demo, lifted, got 'coco'"):
         open_labels(made, "coco")
+    with pytest.raises(ValueError, match="holds labels of layout demo, which has no classes to choose"):
+        open_labels(made / "demo", classes=20)
     for name in ("labels", "1K"):
         (tmp_path / name).mkdir()
     (tmp_path / "labels" / "a.safetensors").touch()

@@ -309,6 +309,11 @@ def test_what_is_wrong_for_every_encoder_is_refused_at_the_door(scenes, encoders
     assert "val must be a share between 0 and 1" in refused("--val", "2")
     assert "two encoders are called clip" in refused("--encoders", "a/clip,b/clip")
     assert "seeds must be a whole number" in refused("--seeds", "one")
+    assert "seeds must differ, got 1, 2, 1" in refused("--seeds", "1,2,1")
+    assert "threads must be a whole number from 1, got '0'" in refused("--threads", "0")
+    assert "keep must be a number from 0, got '-1'" in refused("--keep", "-1")
+    assert "device must be cpu, cuda or cuda:1, got 'gpu'" in refused(device="gpu")
+    assert "holds labels of layout demo, which has no classes to choose" in refused("--classes", "20")
     elsewhere = tmp_path / "elsewhere"
     write_demo(elsewhere, make_scene(7, frames=FRAMES, height=24, width=36), kind="images")
     assert "6 clips have features but no labels in" in refused("--labels", str(elsewhere))

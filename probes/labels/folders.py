@@ -1,5 +1,6 @@
 """Finds out whose labels a folder holds."""
 
+from inspect import signature
 from pathlib import Path
 
 from spatialprobe.probes.labels.base import SPLITS, Labels
@@ -19,7 +20,8 @@ KINDS = {  # layout -> its reader, and what shows it
 def open_labels(root: str | Path, layout: str = "auto", **options: object) -> Labels:
     """The labels below `root`, in one of the layouts of KINDS. `options` go to the reader (ScanNet's `classes`).
 
-    Raises ValueError if `root` is not such a folder, or shows several layouts and `layout` does not choose.
+    Raises ValueError if `root` is not such a folder, shows several layouts and `layout` does not choose, or if its
+    reader has no such option.
     """
     root = Path(root)
     if layout not in ("auto", *KINDS):
@@ -34,4 +36,7 @@ def open_labels(root: str | Path, layout: str = "auto", **options: object) -> La
         looked_for = "; ".join(f"{name}: {KINDS[name][1]}" for name in asked)
         what = f"labels of both {' and '.join(found)}" if found else "no labels"
         raise ValueError(f"{root} holds {what}, looked for {looked_for}")
-    return KINDS[found[0]][0](root, **options)
+    reader = KINDS[found[0]][0]
+    if unknown := sorted(set(options) - set(signature(reader).parameters)):
+        raise ValueError(f"{root} holds labels of layout {found[0]}, which has no {', '.join(unknown)} to choose")
+    return reader(root, **options)

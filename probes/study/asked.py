@@ -16,7 +16,7 @@ from spatialprobe.engine.types import check_clip_id
 from spatialprobe.probes.backbone import Position
 from spatialprobe.probes.labels import Labels
 from spatialprobe.probes.loop import TASKS
-from spatialprobe.probes.setup import grid_configs, split
+from spatialprobe.probes.setup import device_of, grid_configs, split
 from spatialprobe.probes.task import ProbeConfig
 
 SUMMARY = "study.json"
@@ -65,6 +65,8 @@ class Study:
         ):
             if not values or len(set(values)) < len(values) or set(values) - set(table):
                 raise ValueError(f"{name} must be some of {', '.join(table)}, got {', '.join(values) or 'none'}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, got {', '.join(map(str, self.seeds))}")
         if not self.encoders:
             raise ValueError("encoders must be at least one, got none")
         if "pos_embed" in self.words.get("options", {}):
@@ -74,6 +76,7 @@ class Study:
         self._check_place()
 
     def _check_probes(self) -> None:
+        device_of(self.training.get("device"))
         for task in self.axes:
             if missing := [name for name in TASKS[task].labels if name not in self.labels.names]:
                 raise ValueError(f"{task} needs {', '.join(missing)}, which {self.labels.root} has not")

@@ -42,8 +42,8 @@ def add_study_command(
     )  # fmt: skip
     sub.add_argument("--classes", metavar="K", type=int, help="ScanNet: the list class_names_K.json (default: 20)")
     sub.add_argument("--val", metavar="SHARE", type=float, help="of the clips (default: the dataset's split, or .1)")
-    sub.add_argument("--threads", metavar="N", type=int, default=4, help="that read features (default: 4)")
-    sub.add_argument("--keep", metavar="GB", type=float, default=4.0, help="of clips kept in memory, as for probe")
+    sub.add_argument("--threads", metavar="N", default=4, help="that read features (default: 4)")
+    sub.add_argument("--keep", metavar="GB", default=4.0, help="of clips kept in memory, as for probe")
     for word in JOB_WORDS:
         placeholder, about = extract_words[word]
         sub.add_argument(f"--{word.replace('_', '-')}", metavar=placeholder, help=about)
@@ -73,7 +73,7 @@ def study(args: argparse.Namespace) -> int:
 
 def read_study(args: argparse.Namespace) -> "Study":
     """Raises ValueError for words that no encoder could be run with."""
-    from spatialprobe.engine.job import numbers
+    from spatialprobe.engine.job import numbers, positive, share
     from spatialprobe.probes.labels import open_labels
     from spatialprobe.probes.study.asked import Study
 
@@ -92,7 +92,8 @@ def read_study(args: argparse.Namespace) -> "Study":
         seeds=tuple(numbers("seeds", args.seeds)) if args.seeds else (),
         val=args.val,
         skip_failed=args.skip_failed,
-        training={"device": args.device, "threads": args.threads, "keep_bytes": int(args.keep * 1e9)},
+        training={"device": args.device, "threads": positive("threads", args.threads)}
+        | {"keep_bytes": int(share("keep", args.keep) * 1e9)},
     )
 
 
