@@ -124,15 +124,11 @@ def smallest_rectangle(hull: np.ndarray) -> float:  # float64 [n, 2] -> radians
 
 
 def convex_hull(points: np.ndarray) -> np.ndarray:  # float64 [N, 2] -> [n, 2] counter-clockwise
-    """Andrew's monotone chain, on the points outside the polygon of 16 extreme ones (Akl and Toussaint)."""
-    angles = np.arange(16) * np.pi / 8
-    ways = np.stack([np.cos(angles), np.sin(angles)])
-    corners = points[np.argmax(points @ ways, axis=0)]
-    sides = np.roll(corners, -1, axis=0) - corners
-    outside = np.zeros(len(points), bool)
-    for corner, side in zip(corners, sides, strict=True):
-        outside |= (points[:, 1] - corner[1]) * side[0] - (points[:, 0] - corner[0]) * side[1] < 0
-    candidates = np.unique(np.concatenate([points[outside], corners]), axis=0)
+    """Of the outermost points in 192 directions, by Andrew's monotone chain: a box's corners are among them."""
+    angles = np.arange(96) * np.pi / 96
+    reach = np.stack([np.cos(angles), np.sin(angles)], 1) @ points.T  # [96, N]
+    outermost = np.concatenate([reach.argmax(1), reach.argmin(1)])
+    candidates = np.unique(points[outermost], axis=0)
     if len(candidates) < 3:
         return candidates
     chains = []

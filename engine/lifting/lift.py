@@ -66,8 +66,9 @@ def lift(
     check_agreement(depth, intrinsic, world)
     frame = lifted_frame(*surface_sample(depth, intrinsic, world), world, up)
     poses = frame.matrix @ world
-    ids = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
-    ids = ids[ids > 0].astype(np.int64)
+    present = np.zeros(int(masks.max(initial=0)) + 1, bool)
+    present[masks] = True
+    ids = np.flatnonzero(present[1:]) + 1
     named = np.array([i for i in ids.tolist() if i in names], np.int64)
     sights, maps, samples = look(clip, depth, intrinsic, poses, masks, named, frames, points)
     seen = gather(sights)
@@ -162,9 +163,17 @@ def look(
         samples.append(sample(view, f"{clip}\n{frames[f]}"))
         if maps is not None:
             point_map(depth[f], view, maps[f])
-    if maps is not None and maps.isinf().any():
+    if maps is not None and not fits(depth, intrinsic, poses, torch.finfo(dtype).max) and maps.isinf().any():
         raise ClipError(f"points do not fit into {dtype}: say --points float32")
     return sights, maps, samples
+
+
+def fits(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray, most: float) -> bool:
+    """Whether no point can have a coordinate above `most`, by the longest ray of the images' corners."""
+    height, width = depth.shape[1:]
+    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]], float).T
+    longest = np.linalg.norm(np.linalg.inv(intrinsic) @ corners, axis=1).max()
+    return depth.max() * longest + np.abs(poses[:, :3, 3]).max() < most
 
 
 def see(
