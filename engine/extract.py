@@ -1,7 +1,8 @@
 """Clips in, features on disk. The life of a clip is the body of `extract`, top to bottom.
 
 Loader threads decode and prepare, the calling thread drives the device, writer threads store; the queues between
-them are bounded, so a slow stage stalls the ones before it and memory stays flat however many clips there are.
+them are bounded, so a slow stage stalls the ones before it and memory stays flat however many clips there are. On the
+CPU what takes a millisecond or two is done by the calling thread too.
 """
 
 import hashlib
@@ -21,13 +22,15 @@ from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.feeding import Fed, Feeder, stage
 from spatialprobe.engine.latents import FromLatents, LatentFolder
 from spatialprobe.engine.processes.sharing import Alone, Sharing
-from spatialprobe.engine.queues import BatchSize, Behind, ahead
+from spatialprobe.engine.queues import BatchSize, Behind, Nearby, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import STORE_DTYPES, ClipError, ClipRef, FeatureSpec, Plan, tensor_name
 from spatialprobe.kernels.pool_features import Finished, accumulate, pool_features
+
+SHORT_LOAD, SHORT_WRITE = 1e-3, 2e-3  # seconds; see `Nearby`. A write waits for the disk in part
 
 
 @dataclass
@@ -80,6 +83,8 @@ def extract(
     outcomes = Outcomes(report, store, progress, sharing.release, sharing.again)
     taps = Taps(adapter.blocks, spec.layers)
     loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
+    if device.type == "cpu":
+        loading, writing = Nearby(loading, SHORT_LOAD), Nearby(writing, SHORT_WRITE)
     on_device = lambda clips: run_batch(  # noqa: E731
         full_batch(clips, size.now, spec.compile), adapter, spec, taps, host, clock, feeder
     )

@@ -1,5 +1,6 @@
 """Bounded work around the device: loading ahead, batches, sizes that fit, writing behind. Knows nothing of models."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -17,6 +18,52 @@ def ahead(pool: Executor, work: Callable, items: Iterable, depth: int) -> Iterat
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+class Nearby(Executor):
+    """Runs what is short where it is asked for, and hands the rest to a pool of threads.
+
+    Threads that all want the interpreter hand it over at every system call and every operation of torch: a clip of
+    16x16 pixels took a third more CPU time with loaders and writers than on one thread (`benchmarks/bench_workers.py`).
+    Work is done here while it takes less than `short` seconds on the average. In the pool, where waiting for the
+    interpreter makes it longer, it stays while it takes more than `RETRY` times that.
+    """
+
+    RETRY, EVERY, MEMORY = 8, 64, 0.9  # EVERY: tasks of the pool between tries; MEMORY: of the running average
+
+    def __init__(self, pool: Executor, short: float):
+        self._pool, self._short = pool, short
+        self.here, self._mean, self._stay = False, 0.0, 1  # seconds; tasks of the pool before the next try
+
+    def submit(self, work: Callable, /, *args: Any) -> Future:
+        if not self.here:
+            return self._pool.submit(self._timed, work, args)
+        done, start = Future(), time.perf_counter()
+        try:
+            done.set_result(work(*args))
+        except Exception as error:  # raised where the result is asked for
+            done.set_exception(error)
+        self._add(time.perf_counter() - start)
+        if self._mean > self._short:
+            self.here, self._mean, self._stay = False, 0.0, self.EVERY
+        return done
+
+    def _timed(self, work: Callable, args: tuple) -> Any:
+        start = time.perf_counter()
+        try:
+            return work(*args)
+        finally:
+            if not self.here:
+                self._add(time.perf_counter() - start)
+                self._stay -= 1
+                if self._stay <= 0 and self._mean < self.RETRY * self._short:
+                    self.here, self._mean = True, 0.0
+
+    def _add(self, seconds: float) -> None:
+        self._mean = self.MEMORY * self._mean + (1 - self.MEMORY) * seconds if self._mean else seconds
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
 
 
 class BatchSize:
