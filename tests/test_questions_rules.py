@@ -134,7 +134,7 @@ def test_objects_cut_or_occluded_are_out_and_unknown_ends_are_not_measured():
     complete[4] = False
     asked = records(replace(table, complete=complete), per_clip=300)
     about = {q["type"] for q in asked if 5 in {o["id"] for o in q.get("objects", ())}}
-    sizeless = {"left_right", "nearer", "distance_from_camera", "image_third", "count_nearer", "in_order"}
+    sizeless = {"nearer", "distance_from_camera", "image_third", "count_nearer", "in_order"}
     assert about == sizeless
     large = table.pixels.copy()
     large[1] = 30  # of 15,360: .195%

@@ -2,8 +2,10 @@
 not on the clips it is asked about together with."""
 
 import hashlib
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from random import Random as Generator
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from spatialprobe.engine.questions.types import NEEDS, QuestionType
 from spatialprobe.engine.questions.views import seen_well, stack
 from spatialprobe.engine.types import ClipError
 
-MOST_VIEWS = 8  # of a clip that its questions are about
+MOST_VIEWS = 6  # of a clip that its questions are about
 MOST_OBJECTS = 24  # of a clip that its questions are about, and all that are called the same
 MOST_POINTS = 16  # of a view's sample points that are asked about
 OBJECTS_STEP = 4  # clips are filled up to a multiple of so many objects, to be looked at together
@@ -130,6 +132,7 @@ def ask_clip(
 ) -> list[Question]:
     """For each level types in equal parts, of those that the clip has candidates of; truths in equal parts."""
     random, questions, truths = clip.random, [], []
+    borders = list(accumulate(settings.forms[:-1]))
     views, others, pixels = clip.views.tolist(), clip.others.tolist(), clip.table.sample_pixels
     for level, count in enumerate(wanted):
         usable, pools = list(kinds[level]), {}
@@ -147,7 +150,7 @@ def ask_clip(
                 names = ["the point at ({}, {})".format(*pixels[view, i].tolist()) for i in things]
             else:
                 names = named.names(kind.leak, row, things)
-            form, truth = draw_form(settings.forms, random), True
+            form, truth = FORMS[bisect(borders, random())], True
             if form == "truth":
                 truths = truths or ([True, False] if random() < 0.5 else [False, True])
                 truth = truths.pop()
@@ -165,12 +168,3 @@ def level_counts(settings: Settings, random: Random) -> list[int]:
         before, total = total, total + share * settings.per_clip
         counts.append(int(round(total, NEAR) + start) - int(round(before, NEAR) + start))
     return counts
-
-
-def draw_form(shares: Sequence[float], random: Random) -> str:
-    at, total = random(), 0.0
-    for form, share in zip(FORMS, shares, strict=True):
-        total += share
-        if at < total:
-            return form
-    return next(form for form, share in zip(FORMS, shares, strict=True) if share)

@@ -32,6 +32,7 @@ class Named:
         shape = views.seen.shape
         self.called: dict[str, list[list[str | None]]] = {}  # attribute -> [R][N]; None: not to be named
         self.known = {attribute: np.zeros(shape, bool) for attribute in ("", *ATTRIBUTES)}  # [R, N]
+        self.lacking: set[str] = set()  # attributes without which some object has no name
         nouns = [[noun(tag) for tag in of_clip] for of_clip in tags]
         plain = [[f"the {word}" for word in words] + [None] * (shape[1] - len(words)) for words in nouns]
         for attribute, known in self.known.items():
@@ -77,7 +78,9 @@ class Named:
                         if a != avoided and (ends[a][0][s][k] or ends[a][1][s][k])
                     ]
                     called[row][i] = ways[0] if ways else None
-                    self.known[avoided][row, i] = bool(ways)
+                    if not ways:
+                        self.known[avoided][row, i] = False
+                        self.lacking.add(avoided)
 
     def names(self, leak: str, row: int, things: list[int]) -> list[str]:
         called = self.called[leak][row]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from spatialprobe.engine.questions.numbers import UNITS, Number, Random, length, rounded
 from spatialprobe.engine.questions.phrasing import PHRASES
 from spatialprobe.engine.questions.phrasing_steps import STEPS
-from spatialprobe.engine.questions.types import QuestionType
+from spatialprobe.engine.questions.types import TYPES, QuestionType
 
 FORMS = ("open", "choice", "truth")
 LETTERS = "ABCD"
@@ -115,9 +115,8 @@ def listed(names: list[str], word: str) -> str:
 
 
 def words(kind: QuestionType, names: list[str], value: Any, outcome: int, random: Random) -> tuple:
-    variants = [Variant(short, {"s": short, "w": inside}) for short, inside in kind.words]
-    right = variants.pop(outcome)
-    return dict(zip("ABC", names, strict=False)), right, lambda count: shuffled(variants, random)[:count]
+    right, wrong = WORDS[kind.name, outcome]
+    return dict(zip("ABC", names, strict=False)), right, lambda count: shuffled(wrong, random)[:count]
 
 
 def pick(kind: QuestionType, names: list[str], value: Any, outcome: int, random: Random) -> tuple:
@@ -160,5 +159,10 @@ def order(kind: QuestionType, names: list[str], value: Any, outcome: int, random
     fields = {"and": listed(shuffled(names, random), "and")}
     return fields, variant((0, 1, 2)), lambda count: [variant(p) for p in shuffled(ORDERS, random)[:count]]
 
+
+WORDS = {}  # (type, outcome) -> the right variant, and the wrong ones
+for _kind in TYPES:
+    _all = [Variant(short, {"s": short, "w": inside}) for short, inside in _kind.words]
+    WORDS |= {(_kind.name, k): (right, _all[:k] + _all[k + 1 :]) for k, right in enumerate(_all)}
 
 VARIANTS = {"words": words, "pick": pick, "number": number, "vector": number, "order": order}

@@ -11,10 +11,10 @@ A chat line: id, images, messages with role and content, "<image>" in the conten
 
 from collections.abc import Iterator
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any
 
 from spatialprobe.engine.lifting.objects import ObjectTable
 from spatialprobe.engine.questions.ask import Asked, Question
+from spatialprobe.engine.questions.forms import Composed
 from spatialprobe.engine.questions.numbers import UNITS
 from spatialprobe.engine.questions.types import TYPES
 
@@ -25,56 +25,46 @@ ENDS = {
     f'"margin": {round(kind.margin.value, 6)}, "margin_of": {quoted(kind.margin.of)}}}\n'
     for kind in TYPES
 }
+WORDS = {(kind.name, k): f', "word": {quoted(inside)}' for kind in TYPES for k, (_, inside) in enumerate(kind.words)}
 
 
 def record_lines(asked: Asked) -> Iterator[str]:
     """One line for each question, with its line end."""
-    table, frames = asked.table, asked.table.frames.tolist()
-    start, known = f'{{"id": {quoted(table.clip)[:-1]}#', {}
-    clip = f'", "clip": {quoted(table.clip)}, "frames": '
+    table, frames, known = asked.table, asked.table.frames.tolist(), {}
+    start, clip = f'{{"id": {quoted(table.clip)[:-1]}#', f'", "clip": {quoted(table.clip)}, "frames": '
     for number, q in enumerate(asked.questions):
         shown = f"[{frames[q.view]}]" if q.other is None else f"[{frames[q.view]}, {frames[q.other]}]"
-        yield "".join(
-            (
-                start, str(number), clip, shown, ", ", MIDDLES[q.kind.name], '"', q.form, '", "question": ',
-                quoted(q.said.question), ', "answer": ', quoted(q.said.answer), ', "right": ', quoted(q.said.right),
-                *said_fields(q), *thing_fields(q, table, known), ', "value": ', number_text(q.value), ENDS[q.kind.name],
-            )
-        )  # fmt: skip
+        said, kind = q.said, q.kind
+        yield (
+            f'{start}{number}{clip}{shown}, {MIDDLES[kind.name]}"{q.form}", "question": {quoted(said.question)}, '
+            f'"answer": {quoted(said.answer)}, "right": {quoted(said.right)}{said_fields(said)}'
+            f"{WORDS[kind.name, q.outcome] if kind.words else ''}{thing_fields(q, table, known)}, "
+            f'"value": {q.value!r}{ENDS[kind.name]}'  # of rounded numbers: what JSON calls them too
+        )
 
 
-def said_fields(q: Question) -> Iterator[str]:
-    said = q.said
+def said_fields(said: Composed) -> str:
     if said.choices is not None:
-        yield f', "choices": [{", ".join(map(quoted, said.choices))}], "letter": "{said.letter}"'
-        if said.choice_values is not None:
-            yield f', "choice_values": {number_text(said.choice_values)}'
-    elif said.truth is not None:
-        stated = quoted(said.stated) if isinstance(said.stated, str) else number_text(said.stated)
-        yield f', "truth": {"true" if said.truth else "false"}, "stated": {stated}'
-    if q.kind.words:
-        yield f', "word": {quoted(q.kind.words[q.outcome][1])}'
+        values = "" if said.choice_values is None else f', "choice_values": {said.choice_values!r}'
+        return f', "choices": [{", ".join(map(quoted, said.choices))}], "letter": "{said.letter}"{values}'
+    if said.truth is not None:
+        stated = quoted(said.stated) if isinstance(said.stated, str) else repr(said.stated)
+        return f', "truth": {"true" if said.truth else "false"}, "stated": {stated}'
+    return ""
 
 
-def thing_fields(q: Question, table: ObjectTable, known: dict[tuple, str]) -> Iterator[str]:
+def thing_fields(q: Question, table: ObjectTable, known: dict[tuple, str]) -> str:
     if q.kind.points:
-        pixels = table.sample_pixels[q.view]
-        yield f', "points": {[pixels[i].tolist() for i in q.things]}'
-        return
+        return f', "points": {table.sample_pixels[q.view][q.things].tolist()}'
     objects = []
-    for i, name in zip(q.things, q.names, strict=True):
-        key = (i, q.view, name)
+    for key in zip(q.things, [q.view] * len(q.things), q.names, strict=True):
         if key not in known:
-            box = [round(edge) for edge in table.box[i, q.view].tolist()]
+            i, view, name = key
+            box = [round(edge) for edge in table.box[i, view].tolist()]
             about = f'"tag": {quoted(table.tags[i])}, "name": {quoted(name)}, "box": {box}'
             known[key] = f'{{"id": {int(table.ids[i])}, {about}}}'
         objects.append(known[key])
-    yield f', "objects": [{", ".join(objects)}]'
-
-
-def number_text(value: Any) -> str:
-    """Of rounded numbers, alone or in lists: what JSON calls them too."""
-    return repr(value)
+    return f', "objects": [{", ".join(objects)}]'
 
 
 def chat_lines(asked: Asked, images: str) -> Iterator[str]:

@@ -18,16 +18,17 @@ class Candidates:
 
     def __init__(self, kind: QuestionType, material: Material, named: Named):
         self.kind, self.found = kind, kind.find(material)
-        found, keep = self.found, np.ones(len(self.found.row), bool)
-        if not kind.points:
+        found, keep = self.found, None
+        if not kind.points and kind.leak in named.lacking:
             keep = named.known[kind.leak][found.row[:, None], found.things].all(1)
         if kind.unit == "m":
-            keep &= found.value >= SMALLEST
-        rows = np.flatnonzero(keep)
+            large = found.value >= SMALLEST
+            keep = large if keep is None else keep & large
+        rows = np.arange(len(found.row)) if keep is None else np.flatnonzero(keep)
         clips = int(material.views.clip[-1]) + 1
         self.outcomes = max(len(kind.words), int(found.outcome.max(initial=0)) + 1)
         group = material.views.clip[found.row[rows]] * self.outcomes + found.outcome[rows]
-        self.rows = rows[np.argsort(group, kind="stable")]  # by clip, then by outcome
+        self.rows = rows[np.argsort(group.astype(np.int16), kind="stable")]  # by clip, then by outcome
         self.starts = [0, *np.cumsum(np.bincount(group, minlength=clips * self.outcomes)).tolist()]
 
     def of_clip(self, clip: int) -> "Pool":

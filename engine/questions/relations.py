@@ -170,7 +170,7 @@ RELATIONS = (
     Relation("height", 1, "quantitative", 1, True, True, "z", "m", VALUE, side(2)),
     Relation("width", 1, "quantitative", 1, True, True, "y", "m", VALUE, side(1)),
     Relation("length", 1, "quantitative", 1, True, True, "xy", "m", VALUE, side(0)),
-    Relation("left_of", 2, "qualitative", 2, False, False, "", "", BEYOND, lambda v: left_of(v.here)),
+    Relation("left_of", 2, "qualitative", 2, False, False, "xy", "", BEYOND, lambda v: left_of(v.here)),
     Relation("above", 2, "qualitative", 2, False, True, "z", "", BEYOND, above),
     Relation("in_front_of", 2, "qualitative", 2, False, False, "xy", "", BEYOND, lambda v: in_front_of(v.here)),
     Relation("north_of", 2, "qualitative", 2, False, True, "xy", "", BEYOND, along_world(1)),

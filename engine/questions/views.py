@@ -93,7 +93,7 @@ def stack(
         visible[at], seen[at] = (table.pixels > 0).T[shown], seen_well(table).T[shown]
         nearest[at], box[at] = table.nearest.T[shown], table.box[:, shown].swapaxes(0, 1)
         poses[:, start:stop] = table.poses[shown], table.poses[another]
-    nearest[~visible] = np.nan
+    nearest[~np.isfinite(nearest)] = np.nan  # not visible, or without depth
     half = half_axes(extent, yaw)
     width = np.array([table.size[1] for table in tables], float)[clip]
     here, there = (viewpoint(centre, half, pose) for pose in poses)
