@@ -317,7 +317,8 @@ def changed(name, value):
         (changed("depth", lambda x: 0 * x), "frame 0 has no depth"),
         (changed("depth", lambda x: 700 * x), "cannot be in metres: half of the points are farther than"),
         (changed("depth", lambda x: x / 1000), "cannot be in metres.* say --scale free"),
-        (changed("extrinsic", lambda x: x * np.array([1, 1, 1, 50])), "depth and poses do not agree"),
+        (changed("extrinsic", lambda x: x * np.array([1, 1, 1, 1000])), "cannot be in one unit: the camera moves by"),
+        (changed("depth", lambda x: x * (1 + 0.6 * (np.arange(9) % 2))[:, None, None]), "at a depth that differs by"),
     ],
 )
 def test_input_that_cannot_be_lifted(change, message):

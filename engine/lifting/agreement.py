@@ -7,23 +7,25 @@ import numpy as np
 from spatialprobe.engine.types import ClipError
 
 ROOMS = (0.05, 300.0)  # metres from a camera to the middle one of the points it sees
-JOURNEY = 1000.0  # metres between two cameras of a clip
+JOURNEY = 30.0  # times that, between two cameras of a clip
 VIEWS, POINTS, FEWEST = 9, 500, 50
 APART = 0.25  # median relative difference between what two views say of one point: teachers differ by a tenth
 
 
-def check_units(depth: np.ndarray, poses: np.ndarray) -> None:  # [V, H, W], [V, 4, 4] camera to world
-    """Raises ClipError for "metres" that cannot be metres."""
-    some = depth[:: 1 + len(depth) // VIEWS, ::4, ::4] if min(depth.shape[1:]) >= 4 else depth
-    middle = float(np.median(some[some > 0])) if (some > 0).any() else float(depth.max())
-    if not ROOMS[0] <= middle <= ROOMS[1]:
+def check_units(depth: np.ndarray, poses: np.ndarray, metric: bool) -> None:  # [V, H, W], [V, 4, 4] camera to world
+    """Raises ClipError for "metres" that cannot be metres, and for depth and poses that cannot be in one unit."""
+    some = depth[:: 1 + len(depth) // VIEWS]
+    middle = float(np.median(some[some > 0]))
+    if metric and not ROOMS[0] <= middle <= ROOMS[1]:
         raise ClipError(
             f"depth cannot be in metres: half of the points are farther than {middle:.3g}; if its scale is not "
             f"known, say --scale free"
         )
     moved = float(np.linalg.norm(poses[:, :3, 3] - poses[0, :3, 3], axis=1).max())
-    if moved > JOURNEY:
-        raise ClipError(f"poses cannot be in metres: the camera moves by {moved:.3g}")
+    if moved > JOURNEY * middle:
+        raise ClipError(
+            f"depth and poses cannot be in one unit: the camera moves by {moved:.3g}, past what is {middle:.3g} away"
+        )
 
 
 def check_agreement(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray) -> None:

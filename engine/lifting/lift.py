@@ -61,8 +61,7 @@ def lift(
     check(depth, extrinsic, intrinsic, masks, frames)
     intrinsic = intrinsic.astype(np.float64)
     world = camera_to_world(extrinsic)
-    if metric:
-        check_units(depth, world)
+    check_units(depth, world, metric)
     check_agreement(depth, intrinsic, world)
     frame = lifted_frame(*surface_sample(depth, intrinsic, world), world, up)
     poses = frame.matrix @ world
