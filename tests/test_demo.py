@@ -1,19 +1,32 @@
 """The demo, small: whole stores, and a page that stands alone and shows every clip."""
 
+import io
 import json
 import re
+from base64 import b64decode
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from object_tables import table_of_scene
+from PIL import Image
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo import probes as demo_probes
 from spatialprobe.engine.demo import run as demo
 from spatialprobe.engine.demo.page import principal_colours
 from spatialprobe.engine.demo.probes import SETTINGS
+from spatialprobe.engine.demo.questions import FORMS, question_section, samples
+from spatialprobe.engine.demo.render import render_clip
+from spatialprobe.engine.demo.scene_files import write_demo
+from spatialprobe.engine.demo.scenes import make_scene
+from spatialprobe.engine.questions.ask import ask
+from spatialprobe.engine.questions.lines import record_lines
+from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.store import FeatureStore
+from spatialprobe.probes.labels import open_labels
 from spatialprobe.probes.report.axes import AXES, criterion
 from spatialprobe.probes.report.study import number
 
@@ -26,7 +39,7 @@ def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "WIDTH", 96)
     sized = {name: words | {"options": {"size": "64x96"}} for name, words in demo.MODELS.items()}
     monkeypatch.setattr(demo, "MODELS", sized)
-    quick = {"tagging": {"epochs": 1}, "instance": {"epochs": 1, "pixels": 64}, "geometry": {"epochs": 1}}
+    quick = {task: {"epochs": 1} for task in SETTINGS} | {"instance": {"epochs": 1, "pixels": 64}}
     monkeypatch.setattr(demo_probes, "SETTINGS", {task: words | quick[task] for task, words in SETTINGS.items()})
     monkeypatch.setattr(demo, "SETTINGS", demo_probes.SETTINGS)
     out = tmp_path / "demo"
@@ -35,6 +48,8 @@ def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
     assert [len(store.spec.tensors()) for store in stores.values()] == [4, 1]  # two steps of two layers, one layer
     assert all(len(store) == 3 and store.verify() == [] for store in stores.values())
     assert FeatureStore.open(out / "stores" / "noise").verify() == []
+    records = [json.loads(line) for line in (out / "questions" / "part-00000.jsonl").open()]
+    assert {record["clip"] for record in records} == set(stores["wan-t2v"].ids())
     page = (out / "index.html").read_text()
     for clip_id in stores["wan-t2v"].ids():
         assert clip_id in page
@@ -88,3 +103,28 @@ def test_principal_colours_follow_the_strongest_directions():
     assert colours.dtype == np.uint8
     for c in range(3):
         assert abs(np.corrcoef(colours[:, c], strong[:, c])[0, 1]) == pytest.approx(1, abs=0.03)
+
+
+def test_questions_stand_on_the_frames_they_are_about(tmp_path):
+    scenes = [make_scene(seed, frames=4, height=64, width=96) for seed in range(2)]
+    lines = []
+    for scene in scenes:
+        write_demo(tmp_path / "scenes", scene, kind="images")
+        lines += record_lines(ask(table_of_scene(scene), Settings(per_clip=40)))
+    (tmp_path / "part-00000.jsonl").write_text("".join(lines))
+    records = [json.loads(line) for line in lines]
+    chosen = list(samples(records))
+    assert [(r["level"], r["form"]) for r in chosen] == [(level, form) for level in range(4) for form in FORMS]
+    assert len({r["type"] for r in chosen}) == len(chosen)
+    page = "".join(question_section(tmp_path, open_labels(tmp_path / "scenes")))
+    for record in chosen:
+        (article,) = [a for a in page.split("<article>") if escape(record["question"].split("\n")[0]) in a]
+        assert escape(record["answer"]) in article
+        box = r'x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)" class="box"'
+        boxes = [tuple(map(int, found)) for found in re.findall(box, article)]
+        edges = [thing["box"] for thing in record.get("objects", ())]
+        assert boxes == [(x, y, right - x + 1, bottom - y + 1) for x, y, right, bottom in edges]
+        first = re.search(r"base64,([^\"]*)", article).group(1)
+        shown = np.asarray(Image.open(io.BytesIO(b64decode(first))))
+        (scene,) = [scene for scene in scenes if scene.id == record["clip"]]
+        assert (shown == render_clip(scene).rgb[record["frames"][0]]).all()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"kernels": set(), "engine": {"kernels"}, "probes": {"kernels", "engine"}}
-BOTH = ("engine/cli.py", "engine/demo/page.py", "engine/demo/probes.py")  # they know of engine and probes
+BOTH = {"engine/cli.py", *(f"engine/demo/{name}.py" for name in ("page", "probes", "questions"))}  # know of both
 MODEL_LIBRARIES = {"transformers", "diffusers", "accelerate"}
 
 

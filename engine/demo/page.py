@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.demo.questions import PER_CLIP, question_section
 from spatialprobe.engine.durable import write_whole
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.report import Report
 from spatialprobe.engine.run import job_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FrameSelection
+from spatialprobe.probes.labels import open_labels
 from spatialprobe.probes.report.collect import collect
 from spatialprobe.probes.report.markup import Html, element, fold, scroll
 from spatialprobe.probes.report.page import Section, render
@@ -51,7 +53,11 @@ class Showcase:
 def write_page(root: Path, shows: Sequence[Showcase], commands: Sequence[str], frames: int, seconds: float) -> Path:
     """Writes `root`/index.html and returns its path. `commands`: what makes the same again."""
     clips = list(clip_figures(shows, frames))
-    first = [Section("clips", "Clips and features", list(clip_section(shows, clips)))]
+    asked = question_section(root / "questions", open_labels(root / "scenes"))
+    first = [
+        Section("clips", "Clips and features", list(clip_section(shows, clips))),
+        Section("questions", "Questions about these rooms", list(asked)),
+    ]
     last = [Section("again", "Make it yourself", [again(root, shows, commands)])]
     intro = element(
         "div",
@@ -110,7 +116,12 @@ def clip_figures(shows: Sequence[Showcase], frames: int) -> Iterator[Html]:
 
 def again(root: Path, shows: Sequence[Showcase], commands: Sequence[str]) -> Html:
     report = shlex.join(["engine", "report", str(root / "probes"), "--out", "page.html"])
-    lines = [*(show.command for show in shows), *commands, report]
+    lifted, questions = root / "lifted", root / "questions"
+    ask = [
+        ["engine", "lift", str(root / "scenes"), "--out", f"{lifted}-again"],
+        ["engine", "ask", str(lifted), "--out", f"{questions}-again", "--per-clip", str(PER_CLIP)],
+    ]
+    lines = [*map(shlex.join, ask), *(show.command for show in shows), *commands, report]
     return element("pre", "\n\n".join(lines), tabindex=0, role="group", aria_label="Commands that make the same")
 
 

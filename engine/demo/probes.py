@@ -34,6 +34,7 @@ SETTINGS = {  # task -> its probes' settings
     "tagging": COMMON | DECODER | {"epochs": 12, "lr": 1e-3},
     "instance": COMMON | {"epochs": 12, "lr": 2e-3, "pixels": 512, "min_cluster_size": 10},
     "geometry": COMMON | DENSE | {"epochs": 10, "warmup": 1, "lr": 1e-3},
+    "relation": COMMON | {"epochs": 12, "lr": 1e-3, "hidden": 64},
 }
 
 

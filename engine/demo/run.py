@@ -1,4 +1,4 @@
-"""`engine demo`: scenes, tiny models, extraction, verification, probes and a page, with no network and no GPU."""
+"""`engine demo`: scenes, questions, tiny models, extraction, verification, probes and a page; no network, no GPU."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spatialprobe.engine.demo.page import Showcase, write_page
 from spatialprobe.engine.demo.probes import SETTINGS, train_task, write_noise
+from spatialprobe.engine.demo.questions import lift_and_ask
 from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
@@ -19,7 +20,7 @@ FRAMES, HEIGHT, WIDTH = 17, 160, 256
 SCENES = 12  # half of them videos, half image folders
 
 MARK = ".made-by-engine-demo"
-MADE = {MARK, "scenes", "clips.jsonl", "checkpoints", "stores", "probes", "index.html"}
+MADE = {MARK, "scenes", "clips.jsonl", "lifted", "questions", "checkpoints", "stores", "probes", "index.html"}
 
 TINY = {  # name -> what builds it, and what differs from the published sizes
     "wan-t2v": (build_wan_t2v, "4 blocks of 2 heads x 24, VAE of 8 channels, UMT5 of 2 layers x 32"),
@@ -33,8 +34,8 @@ MODELS = {  # name of the tiny checkpoint -> the words of its job: a video gener
 
 
 def run_demo(out: str) -> int:
-    """Writes everything below `out`; returns 0 if all clips were extracted, every file reads back whole and no probe's
-    loss stopped being finite."""
+    """Writes everything below `out`; returns 0 if all clips were lifted and extracted, every file reads back whole and
+    no probe's loss stopped being finite."""
     root, started = Path(out), time.perf_counter()
     foreign = sorted(path.name for path in root.iterdir() if path.name not in MADE) if root.is_dir() else []
     if foreign or (root.exists() and not (root / MARK).exists() and any(root.iterdir())):
@@ -43,6 +44,8 @@ def run_demo(out: str) -> int:
     root.mkdir(parents=True)
     (root / MARK).write_text("made by `engine demo`, which removes this folder when it runs again\n")
     clips = render_scenes(root)
+    print(f"lifting {SCENES} scenes to 3D, and asking about their objects")
+    lifted = lift_and_ask(root / "scenes", root / "lifted", root / "questions")
     shows = []
     for name, words in MODELS.items():
         build, small = TINY[name]
@@ -60,11 +63,13 @@ def run_demo(out: str) -> int:
     trained = {}
     for task in SETTINGS:
         print(f"training {task} probes")
-        trained[task] = train_task(task, root / "probes" / task, vgm, others, root / "scenes")
+        labels = root / ("lifted" if task == "relation" else "scenes")
+        trained[task] = train_task(task, root / "probes" / task, vgm, others, labels)
     commands = [by_features["vgm"].command for by_features in trained.values()]
     page = write_page(root, shows, commands, FRAMES, time.perf_counter() - started)
     print(f"{time.perf_counter() - started:.0f} s in all; now open {page}")
-    whole = all(show.report.written == SCENES and not show.problems for show in shows)
+    whole = all(report.written == SCENES for report in lifted)
+    whole = whole and all(show.report.written == SCENES and not show.problems for show in shows)
     diverged = any(probes.diverged for by_features in trained.values() for probes in by_features.values())
     return 0 if whole and not diverged else 1
 

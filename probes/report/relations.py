@@ -8,7 +8,7 @@ from spatialprobe.probes.labels.relations import KINDS, NAMES
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element, fold
 from spatialprobe.probes.report.study import Bench, Features, Probes, Study
-from spatialprobe.probes.report.tables import bar_cell, titled_table, value_cell
+from spatialprobe.probes.report.tables import bar_cell, heading, titled_table, value_cell
 
 LEVELS = {0: "pixels", 1: "one object", 2: "two objects", 3: "several steps"}
 BY_LEVEL = (
@@ -68,7 +68,7 @@ def plain_table(
         line = [cell(x, best=x == best[m], spread=p.spread(m.metric)) for m, x in values]
         lines.append(element("tr", element("th", row.name, scope="row"), line))
     head = [element("th", "features", scope="col")]
-    head += [element("th", m.heading + m.arrow, scope="col", class_="number") for m in measures]
+    head += [heading(m.heading + m.arrow) for m in measures]
     return titled_table(caption, [element("tr", head)], [element("tbody", lines)])
 
 
@@ -91,8 +91,8 @@ def type_table(rows: Sequence[tuple[Features, Probes]]) -> Html:
             line += [bar_cell(x, best=x == best) for x in values]
             lines.append(element("tr", line))
         if lines:
-            heading = element("th", f"level {level}: {what}", scope="rowgroup", colspan=2 + len(rows), class_="kind")
-            groups.append(element("tbody", element("tr", heading), lines))
+            title = element("th", f"level {level}: {what}", scope="rowgroup", colspan=2 + len(rows), class_="kind")
+            groups.append(element("tbody", element("tr", title), lines))
     head = [element("th", "relation", scope="col"), element("th", "number", scope="col", class_="from")]
-    head += [element("th", row.name, scope="col", class_="number") for row, _ in rows]
+    head += [heading(row.name) for row, _ in rows]
     return titled_table("Relations by features", [element("tr", head)], groups)

@@ -30,7 +30,7 @@ caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pa
 th, td { padding: .38rem .55rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 500; } thead th { color: var(--soft); border-bottom-color: var(--soft); vertical-align: bottom; }
 td:not(.from), th.number { text-align: right; white-space: nowrap; }
-th.number { white-space: normal; max-width: 9rem; overflow-wrap: break-word; }
+th.long { white-space: normal; max-width: 9rem; overflow-wrap: break-word; }
 .plain td, .plain thead th + th { text-align: right; }
 tbody th[scope=row], thead tr:first-child th:first-child { position: sticky; left: 0; background: var(--back);
   min-width: 7.5rem; max-width: 17rem; overflow-wrap: anywhere; z-index: 1; }
@@ -56,7 +56,9 @@ article li { display: grid; grid-template-columns: 1fr auto; gap: 0 .6rem; font-
 article li .bar { grid-column: 1 / -1; } article li data { font-variant-numeric: tabular-nums; }
 article li:first-child :is(.who, data) { font-weight: 700; } .who { overflow-wrap: anywhere; }
 
-.maps { display: flex; flex-wrap: wrap; gap: .6rem 2.4rem; } .maps figure { max-width: 100%; }
+.maps { display: flex; flex-wrap: wrap; gap: .6rem 1.4rem; }
+.map tbody th[scope=row], .map thead tr:first-child th:first-child { min-width: 4.8rem; }
+.maps figure { max-width: 100%; }
 td.heat { border: 2px solid var(--back); border-radius: 4px; min-width: 5.2rem;
   background-image: linear-gradient(rgba(var(--heat), var(--least)) 0 0); }
 HEAT

@@ -109,9 +109,9 @@ def chance_rows(study: Study) -> Iterator[Html]:
         cells += [value_cell(x), *(value_cell(math.nan) for _ in bench.axis.measures[1:])]
         cells.append(element("td", class_="from"))
     if known:
-        heading = element("th", "without features", scope="rowgroup", colspan=1 + len(cells), class_="kind")
+        title = element("th", "without features", scope="rowgroup", colspan=1 + len(cells), class_="kind")
         line = element("tr", element("th", "random order, computed", scope="row"), cells)
-        yield element("tbody", element("tr", heading), line)
+        yield element("tbody", element("tr", title), line)
 
 
 def bench_head(study: Study, benches: Sequence[Bench]) -> list[Html]:
@@ -119,9 +119,14 @@ def bench_head(study: Study, benches: Sequence[Bench]) -> list[Html]:
     top, names = [element("th", "features", scope="col", rowspan=2)], []
     for bench in benches:
         top.append(element("th", study.with_title(bench), scope="colgroup", colspan=1 + len(bench.axis.measures)))
-        names += [element("th", m.heading + m.arrow, scope="col", class_="number") for m in bench.axis.measures]
+        names += [heading(m.heading + m.arrow) for m in bench.axis.measures]
         names.append(element("th", "read from", scope="col", class_="from"))
     return [element("tr", top), element("tr", names)]
+
+
+def heading(words: str) -> Html:
+    """Of a column of numbers; broken where it is of several words."""
+    return element("th", words, scope="col", class_="number long" if " " in words else "number")
 
 
 def titled_table(caption: str, head: Iterable[Html], groups: Iterable[Html], class_: str = "") -> Html:

@@ -1,4 +1,4 @@
-"""The demo's page on questions: a few of those that `engine ask` made, on the frames that they are about."""
+"""The demo's questions: its scenes lifted to 3D and asked about, and a few questions on the frames they are about."""
 
 import io
 import json
@@ -10,13 +10,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spatialprobe.probes.labels import Labels
+from spatialprobe.engine.lifting.run import LiftJob, run_lift
+from spatialprobe.engine.questions.run import AskJob, run_ask
+from spatialprobe.engine.questions.settings import Settings
+from spatialprobe.engine.report import Report
+from spatialprobe.probes.labels import Labels, open_labels
 from spatialprobe.probes.report.markup import Html, element
 
 LEVELS = ("pixels", "one object", "two objects", "several steps")
 FORMS = ("open", "choice", "truth")  # one question of each, for each level
 
+PER_CLIP = 60
+
 Record = Mapping[str, Any]
+
+
+def lift_and_ask(scenes: Path, lifted: Path, questions: Path) -> list[Report]:
+    """What became of the clips: of `engine lift` with what the scenes' labels say, and of `engine ask`."""
+    made, _ = run_lift(open_labels(scenes), None, LiftJob(str(lifted)))
+    asked, _, _ = run_ask(AskJob(str(lifted), str(questions), Settings(per_clip=PER_CLIP)))
+    return [made, asked]
 
 
 def question_section(folder: Path, labels: Labels) -> Iterator[Html]:
