@@ -211,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("reference", help="store")
     sub.add_argument("store", help="another of the same clips and model")
     sub.add_argument("--json", metavar="FILE", help="write the figures there too")
-    sub.add_argument("--max-relative", metavar="X", help="exit with 1 if a layer's relative L2 error is above it")
+    sub.add_argument("--max-relative", metavar="X", help="exit code 1 of a relative L2 above it or a clip not in both")
     sub = command("export", export, "write a store as the files of the published research code")
     sub.add_argument("store")
     sub.add_argument("dump", help="folder to write <model>/<split>/<clip>/feature_*.sft into")
@@ -480,7 +480,8 @@ def compare(args: argparse.Namespace) -> int:
         file.write_text(found.to_json() + "\n")
     if limit is None or found.within(limit):
         return 0
-    print(f"engine: not within a relative L2 of {limit:g}", file=sys.stderr)
+    unseen = f": {found.unseen} clips could not be compared" if found.unseen else ""
+    print(f"engine: not within a relative L2 of {limit:g}{unseen}", file=sys.stderr)
     return 1
 
 

@@ -69,10 +69,16 @@ class Comparison:
     left_out: dict[str, list[str]] = field(default_factory=dict)  # why something could not be compared -> clips
     damaged: dict[str, str] = field(default_factory=dict)  # clip -> why it could not be read
 
+    @property
+    def unseen(self) -> int:
+        """Clips that were not compared, or not in all layers that both stores hold."""
+        left_out = {clip_id for ids in self.left_out.values() for clip_id in ids}
+        return len({*self.only_in_a, *self.only_in_b, *left_out, *self.damaged})
+
     def within(self, limit: float) -> bool:
-        """Whether something was compared, no clip was damaged, and every relative L2 is at most `limit`."""
+        """Whether something was compared, every clip of either store was, and every relative L2 is at most `limit`."""
         found = [x for x in self.agreements.values() if x.tokens]
-        return bool(found) and not self.damaged and all(x.relative <= limit for x in found)
+        return bool(found) and not self.unseen and all(x.relative <= limit for x in found)
 
     def to_json(self) -> str:
         tensors = [

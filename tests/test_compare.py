@@ -154,6 +154,11 @@ def test_the_command(tmp_path, capsys):
     assert main([*words, "--max-relative", "0.1"]) == 0
     assert main([*words, "--max-relative", "0.001"]) == 1
     assert "not within a relative L2 of 0.001" in capsys.readouterr().err
+    b.path("c").unlink()  # equal as far as both go is not equal
+    assert main([*words, "--max-relative", "0.1"]) == 1
+    assert "not within a relative L2 of 0.1: 1 clips could not be compared" in capsys.readouterr().err
+    assert main(["compare", *words[:0:-1], "--max-relative", "0.1"]) == 1
+    assert main(words) == 0
     for more, message in (
         (["--max-relative", "much"], "max-relative must be a number from 0, got 'much'"),
         (["--json", str(tmp_path / "no" / "f.json")], "json must be a file in a folder that is there"),
