@@ -7,6 +7,7 @@ from torch import nn
 
 from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.device.blocks import set_up_blocks
+from spatialprobe.engine.device.live_bytes import LiveBytes
 from spatialprobe.engine.device.precision import (
     FP8_MAX,
     Fp8Linear,
@@ -71,6 +72,27 @@ def test_the_definition_against_float64(tokens, k, n, bias):
     # and it is the layer: two roundings of 1/16 at most, of random sign
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
     assert 1e-3 < float((expected - exact).norm() / exact.norm()) < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounding_makes_one_float32_copy_and_the_bits_of_the_written_out_formula(dtype):
+    x = drawn(33, 64) * torch.logspace(-30, 4, 33)[:, None]  # to subnormal rows
+    x[3], x[4, 7], x[5, 0], x[6, 2] = 0.0, float("nan"), float("-inf"), -0.0
+    x = x.to(dtype)
+    wide = x.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    got, got_scale = quantise_rows(x)
+    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(got_scale, scale, **exactly)
+    expected = (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    torch.testing.assert_close(got.float(), expected.float(), **exactly)
+    if x.itemsize < 4:
+        large, peaks = torch.empty(1000, 512, dtype=dtype, device="meta"), {}
+        with LiveBytes() as count:
+            count.see(large)
+            with count.phase(peaks, "round"):
+                quantise_rows(large)
+        assert peaks["round"] <= large.nbytes + 5 * large.numel() + 5 * 4 * 1000  # a float32 copy, fp8, a few scales
 
 
 def test_sums_are_float32():

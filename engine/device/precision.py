@@ -42,9 +42,11 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:  # [..., K] -> fp8 [..., 
 
     The largest magnitude of a row becomes 448. A row with a value that is not finite becomes NaN.
     """
-    wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(SCALE_MIN)
-    return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale  # the cast alone makes NaN of what is beyond
+    x = x.float() if x.dtype == torch.float64 else x
+    peak = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float()  # without |x|, a copy
+    scale = (peak / FP8_MAX).clamp_min(SCALE_MIN)
+    wide = x / scale  # float32, and the one copy; in 16 bits x is widened value by value
+    return wide.clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale  # the cast alone makes NaN of what is beyond
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [..., K], [N, K] -> [..., N]
