@@ -1,4 +1,4 @@
-# make demo   render scenes, build tiny models, extract their features, train probes, write demo/index.html (2 minutes)
+# make demo   render scenes, ask about them, build tiny models, extract, train probes, write demo/index.html (2 minutes)
 # make test   all tests that need no GPU
 # make bench  extract, streaming (9 GB of disk, given back), probes, kernels, models at
 #             their published sizes on a GPU (without one a check), and the grouping against its peers;
