@@ -196,7 +196,7 @@ def only_prepared(arriving: Iterable[Prepared | Unreadable], outcomes: Outcomes)
 class BatchFeatures:
     """A batch's finished features in host memory, whole once `copied` has happened."""
 
-    batch: int  # B
+    ran: dict[str, int | str]  # for provenance: "batch", and on CUDA the "gpu", whose kernels round in their own way
     tensors: dict[str, Finished]
     copied: "torch.cuda.Event | None" = None
 
@@ -216,7 +216,7 @@ def run_batch(
     dtype = STORE_DTYPES[spec.dtype]
     merged: dict[int, Tensor] = {}  # layer -> mean over steps so far
     weight = 1.0 / len(spec.steps) if spec.merge_steps else 1.0
-    out = BatchFeatures(len(clips), {})
+    out = BatchFeatures({"batch": len(clips)} | host.gpu, {})
 
     feeder = feeder or Feeder(adapter, clock, resize="host")
     state = feeder.state([clip.fed for clip in clips], plan, host.copy)
@@ -260,6 +260,7 @@ class HostCopies:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
 
     def copy(self, x: Tensor | None) -> Tensor | None:
         if x is None or self.stream is None:
@@ -311,5 +312,5 @@ def write(
         with clock.host("write latents"):
             latents.write(prepared.ref, prepared.fed.source, prepared.fed.made, prepared.about)
     with clock.host("write"):
-        nbytes = store.write(prepared.ref.id, tensors, rows, prepared.provenance | {"batch": features.batch})
+        nbytes = store.write(prepared.ref.id, tensors, rows, prepared.provenance | features.ran)
     clock.add("write", nbytes=nbytes)

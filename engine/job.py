@@ -13,7 +13,7 @@ import torch
 from spatialprobe.engine.adapter import Adapter, plan_clip
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.device import tiling
-from spatialprobe.engine.device.attention import resolve_attention
+from spatialprobe.engine.device.attention import kernel_versions, resolve_attention
 from spatialprobe.engine.device.compiled import check_compile
 from spatialprobe.engine.device.placement import OFFLOAD
 from spatialprobe.engine.device.precision import check_precision
@@ -191,6 +191,7 @@ class Resolved:
     loaders: int
     may_tile: bool  # vae_tiling was left to us: it may still be turned on before there is a store
     about: dict[str, str]  # the model as the user named it: not part of the features' identity
+    latent_key: dict | None = None  # of the loaded model, once it was asked for
 
 
 def resolve(job: Job) -> Resolved:
@@ -213,6 +214,7 @@ def resolve(job: Job) -> Resolved:
     check_resize(job.resize, adapter)
     if job.latents is not None:
         check_latents(family, adapter)
+    attention = resolve_attention(job.attention, device, COMPUTE_DTYPES[compute_dtype])
     spec = FeatureSpec(
         family=family,
         weights=checkpoint.identity,
@@ -233,10 +235,11 @@ def resolve(job: Job) -> Resolved:
         device=device.type,
         offload=_offload(job, device),
         compile=job.compile,
-        attention=resolve_attention(job.attention, device, COMPUTE_DTYPES[compute_dtype]),
+        attention=attention,
         precision=job.precision,
         options={k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
-        versions={name: version(name) for name in ("spatialprobe", "torch", "pillow", "av", *cls.LIBRARIES)},
+        versions={name: version(name) for name in ("spatialprobe", "torch", "pillow", "av", *cls.LIBRARIES)}
+        | kernel_versions(attention),
     )
     adapter.steps = spec.steps
     if spec.frames.window is not None:

@@ -1,5 +1,7 @@
 """Attention by name: the kernel that was asked for runs, within a stated bound of the definition, or nothing does."""
 
+from importlib import metadata
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,20 @@ def test_what_there_is_on_a_cpu():
             resolve_attention(name, CPU, torch.float32)
     with pytest.raises(ValueError, match=r"attention must be one of auto, sdpa, math, .*, got 'fast'"):
         resolve_attention("fast", CPU, torch.float32)
+
+
+def test_the_package_that_brings_a_kernel_is_a_field_of_the_spec(clips_path, wan_path, tmp_path, monkeypatch):
+    words = {"clips": str(clips_path), "model": str(wan_path), "out": str(tmp_path / "s"), "layers": [0]}
+    plain = resolve(Job.from_words(words)).spec.versions
+    there = {"flash_attn_interface": ["pytest", "pytest"]}  # stands for the kernels' distribution
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: there)
+    for name, added in (
+        ("math", {}),
+        ("flash3", {"pytest": metadata.version("pytest")}),
+        ("flash4", {"flash_attn": "unknown"}),  # copied into place, without a word of what it is
+    ):
+        monkeypatch.setattr("spatialprobe.engine.job.resolve_attention", lambda *asked, name=name: name)
+        assert resolve(Job.from_words(words)).spec.versions == plain | added
 
 
 def wan_features(path, cache, name, monkeypatch):

@@ -262,6 +262,21 @@ def test_no_clip_is_encoded_twice_to_fill_a_batch(clips, tmp_path, ids):
     assert store.provenance("a0")["batch"] == min(4, ids)
 
 
+def test_the_gpu_is_in_a_clips_provenance_where_there_is_one(clips, tmp_path, monkeypatch):
+    class OnGpu(pipeline.HostCopies):
+        def __init__(self, device):
+            super().__init__(device)
+            self.gpu = {"gpu": "NVIDIA H200"}
+
+    plain, there = (FeatureStore.create(tmp_path / name, spec()) for name in ("plain", "there"))
+    extract(refs("a0"), Ramp(), plain)
+    monkeypatch.setattr(pipeline, "HostCopies", OnGpu)
+    extract(refs("a0"), Ramp(), there)
+    was, told = plain.provenance("a0"), there.provenance("a0")
+    assert told.keys() - was.keys() == {"gpu"}
+    assert told["gpu"] == "NVIDIA H200"
+
+
 def test_a_full_disk_ends_the_run_with_a_report_of_what_was_written(clips, tmp_path, monkeypatch):
     written, store_write = [], FeatureStore.write
 

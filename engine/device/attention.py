@@ -6,6 +6,7 @@ bfloat16 and 1e-3 in float16 per call (tests/test_attention.py, for those there 
 
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ BACKENDS = {  # name -> torch's switch for it
     "flash4": SDPBackend.FLASH_ATTENTION,
 }
 IMPLEMENTATIONS = {"flash3": "FA3", "flash4": "FA4"}  # as torch calls them; packages of their own bring the kernels
+PACKAGES = {"flash3": "flash_attn_interface", "flash4": "flash_attn"}  # as they are imported
 CANNOT = ("No available kernel", "No viable backend")  # how torch says that no allowed kernel can do a call
 
 
@@ -40,6 +42,14 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
         there = ", ".join(other for other in BACKENDS if is_there(other, device, dtype))
         raise ValueError(f"attention {name} is not there for {dtype} on {device}; there are auto, sdpa, {there}")
     return name
+
+
+def kernel_versions(name: str) -> dict[str, str]:
+    """Distribution -> version of what brings a kernel that torch does not: a field of the spec."""
+    if name not in PACKAGES:
+        return {}
+    found = metadata.packages_distributions().get(PACKAGES[name], [])
+    return {each: metadata.version(each) for each in sorted(set(found))} or {PACKAGES[name]: "unknown"}
 
 
 def is_there(name: str, device: torch.device, dtype: torch.dtype) -> bool:
