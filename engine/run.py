@@ -15,7 +15,7 @@ from spatialprobe.engine.device.tiling import fit
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
-from spatialprobe.engine.latents import LatentFolder
+from spatialprobe.engine.latents import LatentFolder, latent_key
 from spatialprobe.engine.processes.sharing import Sharing
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.report import Report
@@ -58,7 +58,10 @@ class Run:
         """The folder of latents that the job names."""
         if self.job.latents is None:
             return None
-        return LatentFolder.open(self.job.latents, self.resolved.adapter, self.resolved.spec)
+        resolved = self.resolved
+        if resolved.latent_key is None:  # it hashes the encoders' weights
+            resolved.latent_key = latent_key(resolved.adapter, resolved.spec)
+        return LatentFolder(self.job.latents, resolved.latent_key)
 
     def share(self, log: RunLog, **of_sharing: Any) -> Report:
         """Extracts what no other process on this store does. `of_sharing` goes to `Sharing`."""

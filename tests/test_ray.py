@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from spatialprobe.engine import latents
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.processes.ray_worker import RayWorker
@@ -202,6 +203,19 @@ def test_an_actor_that_sees_another_store_is_refused(words, tmp_path, monkeypatc
         ("scene0/clip00", "written"), ("scene1/clip01", "written"),
     ]  # fmt: skip
     assert worker.work(["scene0/clip00"], ticket)["clips"] == [("scene0/clip00", "written elsewhere", "", 0.0)]
+
+
+def test_an_actor_hashes_its_encoders_once_and_counts_latents_by_task(wan_path, clips_path, tmp_path, monkeypatch):
+    hashed, weights_hash = [], latents.weights_hash
+    monkeypatch.setattr(latents, "weights_hash", lambda module: hashed.append(module) or weights_hash(module))
+    words = {"clips": str(clips_path), "model": str(wan_path), "layers": [0], "steps": [749], "window": 9}
+    words |= {"options": {"size": (64, 96)}, "latents": str(tmp_path / "latents"), "out": str(tmp_path / "s")}
+    worker = RayWorker(asdict(Job(**words, device="cpu")), torch.get_num_threads())
+    store = FeatureStore.create(tmp_path / "s", FeatureSpec.from_json(worker.load()["spec"]))
+    ticket = {"sign": f"tmp/{store.run.path.name}", "spec_hash": store.spec_hash, "of_sharing": {}}
+    for clip_id in ("clip0", "clip1"):
+        assert worker.work([clip_id], ticket)["timing"]["latents"] == {"read": 0, "made": 1}
+    assert len(hashed) == 1
 
 
 @pytest.mark.parametrize(
