@@ -131,6 +131,19 @@ def test_whatever_changes_latents_is_in_their_key(model, words, models, clips_pa
     assert len([p for p in (tmp_path / "latents").iterdir() if p.name != "tmp"]) == 2
 
 
+def test_what_clips_processor_does_is_in_the_key(models, clips_path, tmp_path, calls):
+    other = tmp_path / "other"
+    shutil.copytree(models["wan_i2v"], other)
+    config = other / "image_processor/preprocessor_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    asked = {"limit": 1, "family": "wan_i2v"}
+    latents = {"latents": str(tmp_path / "latents")}
+    run_job(job(clips_path, models["wan_i2v"], tmp_path / "a", **asked, **latents))
+    _, kept = run_job(job(clips_path, other, tmp_path / "b", **asked, **latents))
+    _, plain = run_job(job(clips_path, other, tmp_path / "c", **asked))
+    assert files(kept) == files(plain)
+
+
 def test_a_changed_clip_is_encoded_again(models, clips_path, tmp_path, calls):
     clips, latents = tmp_path / "clips", {"latents": str(tmp_path / "latents")}
     shutil.copytree(clips_path / "clip0", clips / "clip0")

@@ -268,6 +268,12 @@ class WanI2V(Wan):
         clip = {"clip": (self.clip, self.clip_config)} if self.clip_config else {}
         return super().encoders() | clip
 
+    def latent_facts(self) -> dict[str, Any]:
+        """What CLIP is shown: a frame of a size that the model's own cell decides, as CLIP's processor makes it."""
+        if not self.clip_config:
+            return {}
+        return {"cell": self.cell, "image_processor": clip_vision.processor_config(self.checkpoint)}
+
     def latents(self, inputs: Inputs, plan: Plan) -> Latents:
         state = super().latents(inputs, plan)
         frames = inputs["video"].shape[1]

@@ -40,6 +40,10 @@ def processor(checkpoint: Checkpoint) -> Any:
         return CLIPImageProcessorPil.from_pretrained(folder)  # the other one needs torchvision
 
 
+def processor_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return checkpoint.json(f"{PROCESSOR}/preprocessor_config.json")
+
+
 def pixels(processor: Any, image: Tensor) -> Tensor:  # uint8 [H, W, 3] -> float32 [3, h, w]
     return processor(images=Image.fromarray(image.numpy()), return_tensors="pt")["pixel_values"][0]
 
