@@ -230,3 +230,39 @@ def test_a_clip_without_objects_is_named():
     empty |= {name: getattr(table, name)[:0] for name in ("pixels", "whole", "nearest", "box")}
     with pytest.raises(ClipError, match="there are no objects"):
         ask(replace(table, tags=(), **empty), Settings())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("objects", [1, 2, 5, 24, 25, 60])
+def test_odd_tables_are_asked_about_without_a_word_of_nonsense(objects):
+    """Flat boxes, boxes at one place, cameras that look down, objects without depth, hardly a pixel to ask about."""
+    for number in range(4):
+        table = random_table(number, objects=objects, views=(1, 2, 9, 30)[number], alike=number % 2 == 0)
+        rng, points = np.random.default_rng(number), slice(None, number)
+        hidden, flat = rng.random(table.pixels.shape) < 0.2, rng.random(table.extent.shape) < 0.2
+        down = table.poses.copy()
+        down[::2, :3, :3] = np.diag((1, -1, -1))
+        odd = replace(
+            table,
+            whole=rng.uniform(0.3, 1, table.whole.shape),
+            complete=rng.random(table.complete.shape) < 0.8,
+            pixels=np.where(hidden, 0, table.pixels),
+            nearest=np.where(hidden | (rng.random(hidden.shape) < 0.1), np.inf, table.nearest),
+            box=np.where(hidden[..., None], np.nan, table.box),
+            extent=np.where(flat, 0, table.extent),
+            centre=table.centre if number else np.repeat(table.centre[:1], objects, 0),
+            poses=down if number == 1 else table.poses,
+            sample_pixels=table.sample_pixels[:, points],
+            sample_points=table.sample_points[:, points],
+            sample_ids=table.sample_ids[:, points],
+        )
+        seen = (odd.pixels > 0) & (odd.whole >= 0.5) & np.isfinite(odd.nearest)
+        if not seen.any():
+            continue
+        asked = records(odd, per_clip=60)
+        assert asked or not number
+        known = dict(zip(odd.ids.tolist(), seen, strict=True))
+        for q in asked:
+            view = odd.frames.tolist().index(q["frames"][0])
+            assert all(known[thing["id"]][view] for thing in q.get("objects", ()))
+            assert not re.search(r"\bnan|\binf\b|None\b(?! of)|\be[+-]\d", q["question"] + q["answer"])

@@ -210,7 +210,7 @@ def top_height(m: Material) -> Found:
 
 def taller_than_long(m: Material) -> Found:
     height, length = m.views.extent[..., 2], m.views.extent[..., 0]
-    ratio = np.log(np.maximum(height, 1e-12) / np.maximum(length, 1e-12))
+    ratio = relations.logarithm(height) - relations.logarithm(length)
     ok = m.views.seen & m.views.complete.all(2) & (np.abs(ratio) >= np.log1p(relations.LARGER))
     return each(ok, np.stack([height, length], 2), (ratio < 0).astype(np.int64))
 

@@ -77,7 +77,7 @@ def compose(
     question = sentence(one(asks, random)(fields)) + where
     if form == "open":
         return Composed(question, sentence(one(answers, random)(fields)), right.text)
-    options = shuffled(wrong(3), random)
+    options = wrong(3)
     place = int(random() * (len(options) + 1))
     options.insert(place, right)
     line = one(CHOICE_LINES, random)
@@ -111,7 +111,7 @@ def listed(names: list[str], word: str) -> str:
     return f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
-# What can be answered, by kind of type: fields of all phrases, the right answer, and how to make some wrong ones
+# What can be answered, by kind of type: fields of all phrases, the right answer, and wrong ones in any order
 
 
 def words(kind: QuestionType, names: list[str], value: Any, outcome: int, random: Random) -> tuple:

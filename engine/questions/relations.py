@@ -112,8 +112,13 @@ def along_world(axis: int) -> Callable[[Views], np.ndarray]:
     return value
 
 
+def logarithm(x: np.ndarray) -> np.ndarray:
+    """Of lengths that may be 0; NaN stays."""
+    return np.log(np.maximum(x, 1e-12))
+
+
 def nearer(distance: np.ndarray) -> np.ndarray:  # [..., N] -> [..., N, N], as a logarithm of the ratio
-    return decided(difference(np.log(distance)), np.log1p(FARTHER))
+    return decided(difference(logarithm(distance)), np.log1p(FARTHER))
 
 
 def top(views: Views) -> np.ndarray:  # [R, N]
@@ -133,7 +138,7 @@ def volume(views: Views) -> np.ndarray:  # [R, N]
 
 
 def larger_by(size: Callable[[Views], np.ndarray], share: float) -> Callable[[Views], np.ndarray]:
-    return lambda views: decided(-difference(np.log(np.maximum(size(views), 1e-12))), np.log1p(share))
+    return lambda views: decided(-difference(logarithm(size(views))), np.log1p(share))
 
 
 def centres_apart(views: Views) -> np.ndarray:

@@ -75,7 +75,7 @@ def count_within(m: Material) -> Found:
     things = tuples(distance.shape[1], 4)
     to = distance[:, things[:, :3], things[:, 3:]]  # [R, T, 3]
     radius = RADII[np.arange(len(things)) % len(RADII)][:, None]
-    clear = np.abs(np.log(to / radius)) >= np.log1p(relations.FARTHER)
+    clear = np.abs(relations.logarithm(to / radius)) >= np.log1p(relations.FARTHER)
     value = np.concatenate([np.broadcast_to(radius, (*to.shape[:2], 1)), to], 2)
     return at(clear.all(2), things, value, (to < radius).sum(2))
 

@@ -94,6 +94,7 @@ def stack(
         nearest[at], box[at] = table.nearest.T[shown], table.box[:, shown].swapaxes(0, 1)
         poses[:, start:stop] = table.poses[shown], table.poses[another]
     nearest[~np.isfinite(nearest)] = np.nan  # not visible, or without depth
+    complete &= extent > 0  # nothing ends twice at one place
     half = half_axes(extent, yaw)
     width = np.array([table.size[1] for table in tables], float)[clip]
     here, there = (viewpoint(centre, half, pose) for pose in poses)
