@@ -264,6 +264,21 @@ def test_a_store_is_found_beside_its_results_and_never_taken_for_another(tmp_pat
     assert (facts.spec, facts.missing) == (None, (f"the store that is there now has another spec, {source['spec']}",))
 
 
+def test_points_and_settings_that_differ_are_said(tmp_path):
+    stores = [
+        make_store(tmp_path / "wan", "wan2.1-t2v-1.3b"),
+        make_store(tmp_path / "points", "points", family="points"),
+    ]
+    metrics = {"loss": 1.0, "T-mIoU": 0.4, "T-SR": 0.1}
+    made = [make_result("instance", [stores[i]], metrics, lr=lr) for i, lr in enumerate((1e-3, 1e-2))]
+    page, text = report(*made, make_result("instance", stores, metrics), tmp_path=tmp_path)
+    assert "Where these are the labels&#x27; own, they hold the answer to geometry" in text
+    assert "Instances: settings of the probes differ between rows in lr." in text
+    assert not any(cell[2] for _, cells in page.tables["Features by axes"] for cell in cells), "all are equal"
+    gain = page.row("wan2.1-t2v-1.3b + points: alone and joined", "gain over the better part")
+    assert [cell[0] for cell in gain[1:3]] == ["0.000 no change"] * 2
+
+
 def test_diverged_probes_and_numbers_that_are_none(tmp_path):
     source = make_store(tmp_path / "store", "wan2.1-t2v-1.3b")
     good = make_result("geometry", [source], {"loss": 1.0, "AUC@30": math.nan, "point_error": 0.2, "AbsRel": math.inf})

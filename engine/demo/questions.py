@@ -15,7 +15,7 @@ from spatialprobe.engine.questions.run import AskJob, run_ask
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.report import Report
 from spatialprobe.probes.labels import Labels, open_labels
-from spatialprobe.probes.report.markup import Html, element
+from spatialprobe.probes.report.markup import Html, element, fold
 
 LEVELS = ("pixels", "one object", "two objects", "several steps")
 FORMS = ("open", "choice", "truth")  # one question of each, for each level
@@ -42,7 +42,13 @@ def question_section(folder: Path, labels: Labels) -> Iterator[Html]:
         "say of the objects in 3D. What is ambiguous or undecided was left out. Here are a few; the numbers in the "
         "pictures are only for readers of this page.",
     )
-    yield element("div", [question(record, labels) for record in samples(records)], class_="cards")
+    seen, folded = [], []
+    for record in samples(records):
+        first = record["form"] == FORMS[(record["level"] + 1) % len(FORMS)]  # one of each level, of all forms
+        (seen if first else folded).append(question(record, labels))
+    yield element("div", seen, class_="cards")
+    if folded:
+        yield fold(f"{len(folded)} more questions", element("div", folded, class_="cards"))
 
 
 def samples(records: Sequence[Record]) -> Iterator[Record]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spatialprobe.probes.report.axes import Measure
-from spatialprobe.probes.report.markup import Html, element
+from spatialprobe.probes.report.markup import Html, element, scroll
 from spatialprobe.probes.report.study import KINDS, Bench, Features, Study, number
 from spatialprobe.probes.results import Result, varied
 
@@ -117,7 +117,7 @@ def scatter(study: Study, across: tuple[Bench, Measure], up: tuple[Bench, Measur
         *marks,
         *names([(row.name, x(a), y(b)) for row, a, b in points]),
     )
-    return element("figure", drawing, legend([row for row, _, _ in points]))
+    return element("figure", scroll("Chart", drawing), legend([row for row, _, _ in points]))
 
 
 def shape_of(row: Features) -> str:
@@ -214,4 +214,4 @@ def curves(results: Sequence[Result], best: Result | None) -> Html | None:
         *lines,
     )
     caption = "The thick line is the probe that the tables above show." if any(top for *_, top in series) else None
-    return element("figure", drawing, element("figcaption", "Validation loss by epoch. ", caption))
+    return element("figure", scroll("Chart", drawing), element("figcaption", "Validation loss by epoch. ", caption))

@@ -193,6 +193,11 @@ def study_notes(study: Study) -> Iterator[str]:
         differing = [n for n in varied(shown)[0] if n not in HAS_ITS_OWN_PLACE] if shown else []
         if differing:
             yield f"{study.with_title(bench)}: settings of the probes differ between rows in {', '.join(differing)}."
+    if any(facts.spec and facts.spec.family == "points" for facts in study.collection.stores.values()):
+        yield (
+            "Rows with points read point maps. Where these are the labels' own, they hold the answer to geometry and "
+            "to relations of lengths: such numbers say what a probe can do, not what a model knows."
+        )
     if any(len(p.results) > 1 for there in study.cells.values() for p in there):
         yield "A number with ± is the mean over seeds, and their standard deviation."
     if any(preset in FIGURES for row in study.rows for preset in row.presets):

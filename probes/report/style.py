@@ -65,7 +65,7 @@ HEAT
 .map td.none { border: 2px solid var(--back); }
 .pair { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .chart { width: 100%; max-width: 40rem; height: auto; display: block; font-size: 12px; }
-details .chart { max-width: 30rem; }
+.scroll .chart { min-width: 27rem; } details .chart { max-width: 30rem; }
 .chart text { fill: var(--soft); } .chart .name, .chart .axis { fill: var(--ink); }
 .chart .grid { stroke: var(--line); } .mark { fill: var(--accent); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
@@ -95,7 +95,7 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
   html { font-size: 9.5pt; } body { max-width: none; padding: 0; } nav { display: none; } h2 { margin-top: 1.4rem; }
   h2, h3, h4, summary, figcaption { break-after: avoid; } tr, figure, article { break-inside: avoid; }
   thead { display: table-header-group; } .scroll, pre { overflow: visible; max-height: none; }
-  .grid { min-width: 0; } table { font-size: .76rem; width: 100%; }
+  .grid, .scroll .chart { min-width: 0; } table { font-size: .76rem; width: 100%; }
   td.from, th.from, td small { font-size: .66rem; } data { white-space: nowrap; }
   th, td { padding: .15rem .3rem; white-space: normal !important; min-width: 0 !important; }
   tbody th[scope=row], thead tr:first-child th:first-child { position: static; overflow-wrap: anywhere;
