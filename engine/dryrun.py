@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.decode import load_clip
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job, Resolved, resolve
 from spatialprobe.engine.run import job_clips, memory_of
 from spatialprobe.engine.schema import differences
 from spatialprobe.engine.store import FeatureStore
@@ -54,12 +54,21 @@ def plan_lines(job: Job) -> Iterator[str]:
     if planned is None:
         activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
         yield f"memory   {_gb(weights)} weights + about {_gb(activations)} activations {where}"
+        yield f"         (a guess: the peak {_why_unplanned(resolved)} is not counted)"
     else:
         yield f"memory   {planned} {where}"
     clip = clip_bytes(spec, len(rows), kept, adapter.channels)
+    if resolved.device.type == "cuda":
+        yield f"host     {_gb(waiting_bytes(clip, batch, job.writers))} pinned at most, for what is to be written"
     out = Path(job.out).absolute()
     folder = next(path for path in (out, *out.parents) if path.exists())
     yield f"disk     {_gb(clip)} per clip, {_gb(clip * todo)} to write, {_gb(shutil.disk_usage(folder).free)} free"
+
+
+def _why_unplanned(resolved: Resolved) -> str:
+    if not resolved.adapter.PLANS_MEMORY:
+        return f"of family {resolved.spec.family}"
+    return "of windows of any length" if resolved.spec.frames.window is None else "with offloaded blocks"
 
 
 def clip_bytes(spec: FeatureSpec, rows: int, grid: tuple[int, int], channels: int) -> int:
@@ -68,6 +77,14 @@ def clip_bytes(spec: FeatureSpec, rows: int, grid: tuple[int, int], channels: in
     tokens = rows * math.prod(grid)
     per_token = channels * dtype.itemsize + TOKEN_STATISTICS + (4 if dtype.itemsize == 1 else 0)
     return tokens * per_token * len(spec.tensors())
+
+
+def waiting_bytes(clip: int, batch: int, writers: int) -> int:
+    """Of pinned features at most: those under way to writers, a batch beside them, and one that the device fills.
+
+    A batch's memory is given back with the last of its clips.
+    """
+    return clip * (2 * writers + 2 * batch)
 
 
 def activation_bytes(plan: Plan, channels: int, itemsize: int, batch: int) -> int:

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.demo.tiny.encoders import build_encoder
+from spatialprobe.engine.demo.tiny.ltx import build_ltx
+from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
+from spatialprobe.engine.dryrun import waiting_bytes
 from spatialprobe.engine.job import Job, resolve, select_shard
 from spatialprobe.engine.presets import PRESETS
 from spatialprobe.engine.store import FeatureStore
@@ -191,6 +195,32 @@ def test_a_job_file_says_the_same_as_flags(words, clips_path, wan_path, tmp_path
     from spatialprobe.engine.cli import parser, read_job
 
     assert resolve(from_file).spec == resolve(read_job(parser().parse_args(words))).spec
+
+
+def test_dry_run_says_where_memory_is_only_guessed(clips_path, tmp_path, capsys):
+    words = ["extract", str(clips_path), "--out", str(tmp_path / "s"), "--layers", "0", "--device", "cpu", "--dry-run"]
+    video = ["--window", "9", "--option", "size=64x96"]
+    for model, more, why in (
+        (build_ltx(tmp_path / "ltx"), video, "(a guess: the peak of family ltx is not counted)"),
+        (
+            build_wan_t2v(tmp_path / "wan"),
+            [*video, "--offload", "host"],
+            "(a guess: the peak with offloaded blocks is not",
+        ),
+        (
+            build_encoder(tmp_path / "clip", "clip"),
+            ["--window", "all", "--query", ":"],
+            "the peak of windows of any length",
+        ),
+        (build_encoder(tmp_path / "dino", "dinov2"), ["--window", "9", "--query", ":"], ""),
+    ):
+        assert main([*words, "--model", str(model), *more]) == 0
+        out = capsys.readouterr().out
+        assert why in out
+        assert ("a guess" in out) == bool(why)
+        assert ("memory   peak " in out) == (not why)
+        assert "host  " not in out  # nothing is pinned on the CPU
+    assert waiting_bytes(1000, batch=3, writers=4) == 14_000
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(words, tmp_path, capsys):

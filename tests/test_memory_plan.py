@@ -1,12 +1,16 @@
 """Memory counted on the meta device is that of a real pass, and what it is made of adds up."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
+from spatialprobe.engine.demo.tiny.encoders import build_encoder
+from spatialprobe.engine.demo.tiny.gemma3 import build_gemma3
+from spatialprobe.engine.demo.tiny.glm4v import build_glm4v
 from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
 from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
@@ -22,14 +26,14 @@ BUILD = {
     "cogvideox": build_cogvideox,
     "qwen3_vl": build_qwen3_vl,
     "qwen2_5_vl": build_qwen2_5_vl,
-}
+    "glm4v": build_glm4v,
+    "gemma3": build_gemma3,
+} | {name: partial(build_encoder, name=name) for name in ("clip", "siglip", "siglip2", "aimv2", "dinov2", "dinov3")}
 VGM = {"steps": [749, 300], "options": {"size": "64x96"}}
 WORDS = {
     "wan": VGM,
     "wan_i2v": VGM | {"family": "wan_i2v"},
     "cogvideox": {"steps": [749], "options": {"size": "64x96", "half_frames": 9}},
-    "qwen3_vl": {},
-    "qwen2_5_vl": {},
 }
 
 
@@ -41,7 +45,7 @@ def paths(tmp_path_factory):
 
 def resolved(paths, family, tmp_path, **words):
     asked = {"clips": "clips", "model": str(paths[family]), "out": str(tmp_path / "store"), "window": 9, "query": ":"}
-    return resolve(Job.from_words(asked | {"layers": [0, 1]} | WORDS[family] | words))
+    return resolve(Job.from_words(asked | {"layers": [0, 1]} | WORDS.get(family, {}) | words))
 
 
 def measured(found, cache, batch: int) -> MemoryPlan:
