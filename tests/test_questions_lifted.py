@@ -58,3 +58,25 @@ def test_pixels_are_as_exact_as_depth(asked):
     for q in records:
         if q["level"] == 0 and BY_TYPE[q["type"]].kind in ("number", "vector"):
             assert np.allclose(q["value"], truths[q["clip"]].answer(q), rtol=1e-4, atol=2e-3), q
+
+
+def test_what_is_mostly_hidden_or_out_of_the_image_is_not_asked_about(asked):
+    """A larger image around each frame, at half the pixels, shows how much of an object the frame shows."""
+    truths, records = asked
+    truth = truths["bathroom-0004"]
+    k = truth.scene.intrinsic / 2
+    h, w = truth.scene.height // 2, truth.scene.width // 2
+    k[:2, 2] += -0.25 + w, -0.25 + h
+    k[2, 2] = 1
+    around = SceneTruth(replace(truth.scene, height=3 * h, width=3 * w, intrinsic=k))
+    shown = {}
+    for q in (q for q in records if q["clip"] == truth.scene.id and q["level"] > 0):
+        for thing in q["objects"]:
+            key = q["frames"][0], thing["id"]
+            if key not in shown:
+                seen = around.visible(*key)[h : 2 * h, w : 2 * w]
+                shown[key] = seen.sum() / np.isfinite(around.cast(key[0])[1][thing["id"]]).sum()
+    share = np.array(list(shown.values()))
+    assert len(share) >= 12
+    assert share.min() > 0.2
+    assert np.mean(share > 0.5) > 0.85
