@@ -12,10 +12,9 @@ import numpy as np
 from spatialprobe.engine.lifting.objects import ObjectTable
 
 PIXEL_SHARE = 0.002  # of the image: smaller objects are not asked about
-WHOLE = (
-    2 / 3
-)  # share of its outline that is the object's own end, as of a square that is cut in half: below it an object is
-# mostly occluded or cut. Of the objects above it in rendered rooms, one in twelve still shows less than half of itself.
+# Of its outline that is the object's own end, as of a square that is cut in half: below it an object is mostly occluded
+# or cut. Of the objects above it in rendered rooms, one in twelve still shows less than half of itself.
+WHOLE = 2 / 3
 NOT_OBJECTS = frozenset(("wall", "floor", "ceiling", "otherstructure"))  # of ScanNet's names: no box holds them well
 STEEP = 0.2  # length of the viewing direction seen from above, below which a view has no "ahead" on the floor
 AHEAD = 0.1  # of the distance: what is less in front of a camera's plane has no side that it is seen on
