@@ -189,7 +189,7 @@ class Resolved:
     device: torch.device
     batch: int | str
     loaders: int
-    may_tile: bool  # vae_tiling was left to us: it may still be turned on before there is a store
+    may_tile: bool  # vae_tiling was left to us: what the spec says of it may change until there is a store
     about: dict[str, str]  # the model as the user named it: not part of the features' identity
     latent_key: dict | None = None  # of the loaded model, once it was asked for
 
@@ -246,7 +246,7 @@ def resolve(job: Job) -> Resolved:
         plan_clip(spec.frames.window, adapter, spec)  # raises for a window, query or pool the model cannot do
     depth = max(spec.layers) + 1
     if may_tile and tiling.choose(adapter, spec, depth, device, Path(job.out)):
-        adapter.options[tiling.OPTION], spec, may_tile = True, tiling.chosen(spec, True), False
+        adapter.options[tiling.OPTION], spec = True, tiling.chosen(spec, True)
     about = {"model": job.model, "repo": checkpoint.repo or str(checkpoint.root), "compute": job.compute}
     # On the CPU a batch is no faster, and a clip's place in it changes the last bits of matrix products.
     batch = 1 if device.type == "cpu" else job.batch

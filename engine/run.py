@@ -1,17 +1,18 @@
 """One job from words to a filled store, with its records: `run.json` (the report) and `log.jsonl` (a line per clip)."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.memory_plan import MemoryPlan, plan_memory
 from spatialprobe.engine.device.placement import check_fits, place
-from spatialprobe.engine.device.tiling import fit
+from spatialprobe.engine.device.tiling import fit, follow
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
@@ -22,6 +23,8 @@ from spatialprobe.engine.report import Report
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
+
+T = TypeVar("T")
 
 
 def job_clips(job: Job) -> list[ClipRef]:
@@ -104,10 +107,10 @@ def survey(job: Job, *, retry_failed: bool = False) -> tuple[Resolved, list[Clip
     if job.ray:
         raise ValueError(f"ray {job.ray} is for `run_ray`: this is one process")
     resolved, refs, out = resolve(job), job_clips(job), Path(job.out)
+    agree(resolved, out, lambda: FeatureStore.check_place(out, resolved.spec))
     is_store = (out / "spec.json").exists()
     if retry_failed and not is_store:
         raise ValueError(f"there is nothing to retry: {out} is not a feature store")
-    FeatureStore.check_place(out, resolved.spec)
     done = set()
     if is_store:
         there = FeatureStore.open(out)
@@ -126,8 +129,25 @@ def open_run(job: Job, *, retry_failed: bool = False) -> Run:
     out, missing, blocks = Path(job.out), len(todo), {}
     if missing:
         blocks = set_up(resolved, out)
-    store = FeatureStore.create(out, resolved.spec, resolved.about)  # after loading: bad weights leave no store behind
+    store = open_store(resolved, out)  # after loading: bad weights leave no store behind
     return Run(job, resolved, refs, store, missing, blocks)
+
+
+def open_store(resolved: Resolved, out: Path) -> FeatureStore:
+    """A job's store, to write to."""
+    return agree(resolved, out, lambda: FeatureStore.create(out, resolved.spec, resolved.about))
+
+
+def agree(resolved: Resolved, out: Path, use: Callable[[], T]) -> T:
+    """`use()`. Where that is refused and tiling was left to us, once more with the tiling of the store that is there:
+    of workers whose GPUs have not the same memory free, the first to make the store decides for all."""
+    try:
+        return use()
+    except ValueError:
+        if not resolved.may_tile or not (out / "spec.json").exists():
+            raise
+        resolved.spec = follow(resolved.adapter, resolved.spec, FeatureStore.open(out).spec)
+        return use()
 
 
 def set_up(resolved: Resolved, out: Path) -> dict:

@@ -10,7 +10,7 @@ from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.memory_plan import plan_memory
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.run import run_job
+from spatialprobe.engine.run import open_store, run_job
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 
@@ -32,7 +32,28 @@ def test_the_plan_decides_and_the_spec_says_what_was_used(wan_path, tmp_path, mo
     found = resolve(job(wan_path, tmp_path / "store"))
     assert found.spec == resolve(job(wan_path, tmp_path / "store", "true")).spec
     assert found.adapter.options["vae_tiling"] is True
-    assert not found.may_tile
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_to_make_the_store_decides_for_all(first, wan_path, tmp_path, monkeypatch):
+    """Two workers that chose before there was a store, on GPUs with other memory free."""
+    workers = []
+    for tiled in (first, not first):
+        monkeypatch.setattr(tiling, "free_bytes", lambda device, tiled=tiled: 0 if tiled else 1 << 60)
+        workers.append(resolve(job(wan_path, tmp_path / "store")))
+        workers[-1].adapter.load(2, CPU, torch.float32, tmp_path)
+        assert workers[-1].spec.options["vae_tiling"] is workers[-1].adapter.vae.use_tiling is tiled
+    stores = [open_store(worker, tmp_path / "store") for worker in workers]
+    assert stores[0].spec == stores[1].spec == workers[0].spec == workers[1].spec
+    assert stores[0].spec.options["vae_tiling"] is first
+    assert [worker.adapter.vae.use_tiling for worker in workers] == [first, first]
+    assert workers[1].adapter.options["vae_tiling"] is first
+    other = resolve(job(wan_path, tmp_path / "other", layers=[0]))
+    with pytest.raises(ValueError, match=r"layers: \[1\] there, \[0\] asked"):
+        open_store(other, tmp_path / "store")
+    asked = resolve(job(wan_path, tmp_path / "other", str(not first).lower()))
+    with pytest.raises(ValueError, match="vae_tiling: "):  # asked for, not left to us
+        open_store(asked, tmp_path / "store")
 
 
 @pytest.mark.parametrize("tiled", ["true", "false"])

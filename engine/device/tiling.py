@@ -63,6 +63,16 @@ def fit(adapter: Adapter, spec: FeatureSpec) -> FeatureSpec:
     return chosen(spec, full)
 
 
+def follow(adapter: Adapter, spec: FeatureSpec, there: FeatureSpec) -> FeatureSpec:
+    """`spec` with the choice of a store that another process was first to make, and a loaded VAE as that says."""
+    tiled = bool(there.options.get(OPTION))
+    adapter.options[OPTION] = tiled
+    vae = getattr(adapter, "vae", None)  # before `load` there is none
+    if vae is not None:
+        vae.enable_tiling() if tiled else vae.disable_tiling()
+    return chosen(spec, tiled)
+
+
 def advice(adapter: Adapter) -> str:
     """What is left to try when one clip alone does not fit."""
     if OPTION in adapter.OPTIONS and not adapter.options[OPTION]:

@@ -17,7 +17,7 @@ from spatialprobe.engine.job import Job
 from spatialprobe.engine.processes.sharing import look_again
 from spatialprobe.engine.processes.worker import fail
 from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.run import Run, set_up, survey
+from spatialprobe.engine.run import Run, open_store, set_up, survey
 from spatialprobe.engine.store import FeatureStore
 
 LOOKS = 30  # one a second, for a folder that another machine has just made
@@ -115,4 +115,4 @@ class RayWorker:
             )
         if (found := FeatureStore.open(root).spec_hash) != ticket.spec_hash:
             raise ValueError(f"sees a store of spec {found} at {root.absolute()}, the run's is of {ticket.spec_hash}")
-        return FeatureStore.create(root, self.resolved.spec, self.resolved.about)
+        return open_store(self.resolved, root)
