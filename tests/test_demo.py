@@ -61,7 +61,9 @@ def test_the_demo_writes_stores_and_a_page(tmp_path, monkeypatch, capsys):
     assert "random weights" in page
     assert "every file read back whole" in page
     assert str(out / "index.html") in capsys.readouterr().out
-    assert main(["demo", "--out", str(out)]) == 0  # again, over its own folder
+    monkeypatch.setattr(demo, "SETTINGS", {"relation": {}})
+    assert main(["demo", "--out", str(out)]) == 0  # again, over its own folder: nothing of before is left
+    assert [path.name for path in (out / "probes").iterdir()] == ["relation"]
 
 
 def check_results(page: str, folder: Path) -> None:
