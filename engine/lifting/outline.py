@@ -11,6 +11,7 @@ import numpy as np
 STEEP = 8.0  # tangent of the angle to the ray beyond which neighbouring pixels count as two surfaces: 83 degrees
 NEARER = 0.01  # of the depth: a neighbour is in front only by more, since depth is that uncertain
 TOUCHING = 0.02  # of the depth: a neighbour is at the object's surface, followed to it, if no farther behind
+BEND, FLAT = 0.25, 0.5  # of the slope, and of that of a surface at 45 degrees: what a slope may grow by towards an edge
 SUPPORT = 2  # of a pixel's 4 neighbours on its surface; a pixel of fewer is a stray one
 MARGIN = 2  # pixels about a view
 
@@ -161,8 +162,18 @@ def _edges(view: View, step: int, bit: int) -> tuple[np.ndarray, ...]:
     in_front = np.minimum(followed, beyond) > here * (1 + NEARER)
     framed = objects[at + step] < 0
     ends = ~framed & (beyond > 0) & ~in_front
-    inner = (view.joined[at] >> (bit ^ 1) & 1).astype(bool)
+    inner = runs_out(view, at, step, bit ^ 1)
     touches = ends & inner & (beyond > (2 * here - inverse[at - step]) * (1 - TOUCHING))
     along = np.full((len(at), 3), np.nan, np.float32)
     along[inner] = view.points(at[inner]) - view.points(at[inner] - step)
     return at, ends, framed, touches, along
+
+
+def runs_out(view: View, at: np.ndarray, step: int, bit: int) -> np.ndarray:  # bool [M]
+    """Whether a surface runs from the pixel inwards out to it, and not a small step in depth: it is no steeper there."""
+    joined, before = view.joined[at] >> bit & 1, view.joined[at - step] >> bit & 1
+    here, next_, last = view.inverse[at], view.inverse[at - step], view.inverse[at - 2 * step]
+    slope, slope_before = here - next_, next_ - last
+    bend = np.abs(slope - slope_before)
+    steeper = (bend > BEND * np.abs(slope) + FLAT * view.footprint * here) & (np.abs(slope) > np.abs(slope_before))
+    return joined.astype(bool) & ~(before.astype(bool) & steeper)
