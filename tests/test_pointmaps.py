@@ -309,21 +309,67 @@ def test_points_without_a_scale_are_in_units_of_the_clip(scenes, tmp_path, capsy
 
 def test_bad_clips_fail_with_reasons_and_the_rest_goes_on(tmp_path):
     like = store_like(tmp_path / "like", ["a"], rows=[0, 1], tokens=(2, 2))
-    blind, bent, far = (RandomLabels(2, (4, 4)) for _ in range(3))
+    blind, bent, mirrored, near, far = (RandomLabels(2, (4, 4)) for _ in range(5))
     blind.confidence[:] = 0
     bent.extrinsic[1, 0] *= 1.1
+    mirrored.extrinsic[1, 0] *= -1
+    near.points, near.extrinsic = torch.zeros_like(near.points), torch.eye(3, 4).expand(2, 3, 4)
     far.points[:, 3, 3] = 1e6
-    for number, (labels, frame, why) in enumerate(
+    for number, (labels, how, why) in enumerate(
         (
-            (blind, "world", "labels: no pixel of its frames has depth"),
-            (bent, "camera", r"labels: poses must be rigid, those of frames \[1\] stretch or mirror"),
-            (far, "world", "labels: its points reach .*, more than float16 holds"),
+            (blind, {}, "labels: no pixel of its frames has depth"),
+            (bent, {"frame": "camera"}, r"labels: poses must be rigid, those of frames \[1\] stretch or mirror"),
+            (mirrored, {"frame": "camera"}, r"labels: poses must be rigid, those of frames \[1\] stretch or mirror"),
+            (near, {"unit": "clip"}, "labels: all its points lie in the cameras, so they have no scale"),
+            (far, {}, "labels: its points reach .*, more than float16 holds"),
         )
     ):
-        report, store = run_points(labels, like, tmp_path / str(number), PointOptions(frame=frame))
+        report, store = run_points(labels, like, tmp_path / str(number), PointOptions(**how))
         assert (report.failed, store.ids()) == (1, [])
         with pytest.raises(ValueError, match=why):
             raise ValueError(report.failures["a"])
+
+
+def test_shards_and_an_interrupted_run_make_the_store_of_one_run(root, like, tmp_path, monkeypatch, capsys):
+    labels, one = open_labels(root), tmp_path / "one"
+    _, whole = run_points(labels, like, one, PointOptions(bands=1))
+    for shard, ids in (("0/2", like.ids()[::2]), ("1/2", like.ids())):
+        _, store = run_points(labels, like, tmp_path / "shards", PointOptions(bands=1), shard=shard)
+        assert store.ids() == ids
+        assert (store.root / f"run-{shard[0]}of2.json").exists()
+    write, wrote, cut = FeatureStore.write, [], tmp_path / "cut"
+
+    def interrupted(self, clip_id, *args):
+        wrote.append(clip_id)
+        if len(wrote) == 3:
+            raise KeyboardInterrupt
+        return write(self, clip_id, *args)
+
+    said = ["points", str(root), "--like", str(like.root), "--out", str(cut), "--bands", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "write", interrupted)
+        assert main(said) == 130
+    assert "interrupted: run the same command again" in capsys.readouterr().err
+    there = len(FeatureStore.open(cut))
+    assert 2 <= there < 8  # what was being written is
+    assert main(said) == 0
+    assert f"{8 - there} written, {there} there before" in capsys.readouterr().out
+    for clip_id in like.ids():
+        for folder in (tmp_path / "shards", cut):
+            assert FeatureStore.open(folder).path(clip_id).read_bytes() == whole.path(clip_id).read_bytes()
+
+
+def test_a_store_says_what_it_was_made_of(tmp_path):
+    """The grid of the other store, whose spec is in its own, and a digest of the labels that were read."""
+    like = store_like(tmp_path / "like", ["a"], rows=[0, 1], tokens=(4, 4), pool=(2, 2))
+    labels = [RandomLabels(2, (4, 4), seed) for seed in (0, 0, 1)]
+    stores = [run_points(x, like, tmp_path / str(i), PointOptions())[1] for i, x in enumerate(labels)]
+    assert stores[0].spec.pool == (2, 2)
+    read = [store.provenance("a")["labels_read"] for store in stores]
+    assert read[0] == read[1] != read[2]
+    other = store_like(tmp_path / "other", ["a"], rows=[0, 1], tokens=(4, 4), pool=(2, 2), weights="content:1")
+    with pytest.raises(ValueError, match=f'options.like: "{like.spec_hash}" there, "{other.spec_hash}" asked'):
+        run_points(labels[0], other, tmp_path / "0", PointOptions())
 
 
 # -- as features ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -15,9 +16,12 @@ from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
+from spatialprobe.engine.types import FeatureSpec
 from spatialprobe.probes import INSTANCE, TAGGING, open_labels, train
 from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.study import run as study_run
+from spatialprobe.probes.study.asked import Study
+from spatialprobe.probes.study.table import cell
 
 FRAMES, SEEDS = 9, (1, 2)
 VIEWS = {"views": 2, "gap": 4, "context": FRAMES, "query": "0,1::4"}
@@ -131,6 +135,23 @@ def test_the_table_has_the_means_over_seeds(study):
         scores = [r["metrics"][metric] for r in written(out / "runs" / "dinov2-native" / task / "results.json")[2:]]
         assert f"{mean(scores):.4g} ± {stdev(scores):.2g}" in rows[5]
     assert printed[1] == f"{out}: study.json, 8 training runs of 8"
+
+
+def test_a_mean_over_some_of_the_seeds_is_none():
+    assert cell([1.0, 3.0]) == "2 ± 1.4"
+    assert [cell(values) for values in ([0.25], [1.0, None], [1.0, math.nan], [])] == ["0.25", "-", "-", "-"]
+
+
+def test_grids_have_the_layers_and_steps_that_a_store_has_several_of():
+    study = SimpleNamespace(position=("none", "2d"), seeds=(1, 2))
+    for several, more in (
+        ({"layers": (3,)}, {}),
+        ({"layers": (3, 5)}, {"layer": [3, 5]}),
+        ({"layers": (3, 5), "steps": (1, 2)}, {"layer": [3, 5], "step": [1, 2]}),
+        ({"layers": (3,), "steps": (1, 2), "merge_steps": True}, {}),
+    ):
+        store = SimpleNamespace(spec=FeatureSpec(family="clip", weights="content:0", **several))
+        assert Study.grid(study, store) == {"position": ["none", "2d"], "seed": [1, 2]} | more
 
 
 def test_the_summary_names_every_probe_and_its_place(study, encoders):
