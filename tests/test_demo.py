@@ -28,7 +28,7 @@ from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.probes.labels import open_labels
 from spatialprobe.probes.report.axes import AXES, criterion
-from spatialprobe.probes.report.study import number
+from spatialprobe.probes.report.words import number
 
 FEATURES = {"wan-t2v": "vgm", "qwen3-vl": "vlm", "wan-t2v + qwen3-vl": "joined", "noise": "noise"}  # row -> folder
 

@@ -16,7 +16,8 @@ from spatialprobe.probes.report.charts import Scale
 from spatialprobe.probes.report.collect import collect
 from spatialprobe.probes.report.page import render
 from spatialprobe.probes.report.published import FIGURES, published
-from spatialprobe.probes.report.study import NONE, best_of, make_study, number
+from spatialprobe.probes.report.study import best_of, make_study
+from spatialprobe.probes.report.words import NONE, number
 from spatialprobe.probes.results import Result, write_results
 
 BAD_NAME = "</script><img src=x onerror=alert(1)>\"'&\x00\x07"
@@ -286,6 +287,17 @@ def test_diverged_probes_and_numbers_that_are_none(tmp_path):
     page, text = report(good, gone, tmp_path=tmp_path)
     assert [cell[0] for cell in page.row("Features by axes", "wan2.1-t2v-1.3b")[1:4]] == [NONE, "0.200", NONE]
     assert "1 probe ended without numbers" in text
+    assert "the loss is nan at step 3" in text
+
+
+def test_a_run_of_which_nothing_is_left_is_a_page_too(tmp_path):
+    source = make_store(tmp_path / "store", "wan2.1-t2v-1.3b")
+    gone = make_result(
+        "geometry", [source], {}, about={"stopped": "the loss is nan at step 3", "curve": [], "best_epoch": None}
+    )
+    page, text = report(gone, tmp_path=tmp_path)
+    assert "1 probe ended without numbers" in text
+    assert [name for name in page.tables if name.startswith("Features")] == []
     assert "the loss is nan at step 3" in text
 
 

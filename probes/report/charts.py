@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element, scroll
-from spatialprobe.probes.report.study import KINDS, Bench, Features, Study, number
+from spatialprobe.probes.report.study import KINDS, Bench, Features, Study
+from spatialprobe.probes.report.words import number
 from spatialprobe.probes.results import Result, varied
 
 WIDTH, HEIGHT = 520, 380  # user units; a chart is as wide as its column

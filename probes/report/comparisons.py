@@ -9,8 +9,9 @@ from typing import get_args
 from spatialprobe.probes.backbone import Position
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element
-from spatialprobe.probes.report.study import JOINED, Bench, Features, Probes, Study, best_of, number, place, told
+from spatialprobe.probes.report.study import JOINED, Bench, Features, Probes, Study, best_of
 from spatialprobe.probes.report.tables import bench_head, titled_table, value_cell
+from spatialprobe.probes.report.words import number, place, told
 
 
 def fusion_tables(study: Study) -> Iterator[Html]:

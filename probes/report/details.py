@@ -9,8 +9,9 @@ from pathlib import Path
 from spatialprobe.probes.report.charts import curves
 from spatialprobe.probes.report.collect import ProbeRun
 from spatialprobe.probes.report.markup import Html, element, fold
-from spatialprobe.probes.report.study import Study, model_name, place
+from spatialprobe.probes.report.study import Study, model_name
 from spatialprobe.probes.report.tables import titled_table, value_cell
+from spatialprobe.probes.report.words import place
 from spatialprobe.probes.results import Result, varied
 
 PICTURES = 24_000_000  # bytes of pictures that a page may hold

@@ -5,8 +5,9 @@ from typing import Any
 
 from spatialprobe.probes.report.collect import StoreFacts
 from spatialprobe.probes.report.markup import Html, element, fold
-from spatialprobe.probes.report.study import NONE, Study, number, size
+from spatialprobe.probes.report.study import Study
 from spatialprobe.probes.report.tables import titled_table
+from spatialprobe.probes.report.words import NONE, number, size
 
 COLUMNS = (
     "clips in the store", "on disk", "per clip", "written by the run", "seconds", "clips/s", "device busy",

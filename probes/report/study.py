@@ -17,13 +17,11 @@ from typing import Any
 from spatialprobe.engine.presets import ENCODERS, GENERATORS, PRESETS, VISION_LANGUAGE
 from spatialprobe.probes.report.axes import AXES, Axis, axis_of, criterion
 from spatialprobe.probes.report.collect import Collection, StoreFacts
-from spatialprobe.probes.results import Result, varied
+from spatialprobe.probes.results import Result
 
 KINDS = {"video generators": GENERATORS, "vision-language models": VISION_LANGUAGE, "encoders": ENCODERS}
 OTHER, JOINED, UNKNOWN = "other inputs", "several joined", "of unknown family"
 ORDER = (*KINDS, UNKNOWN, OTHER, JOINED)
-NONE = "\u2013"  # what a number is that is not there
-HAS_ITS_OWN_PLACE = {"layer", "step", "seed"}  # settings that a cell says in words
 
 
 @dataclass(frozen=True)
@@ -244,42 +242,3 @@ def kind_of(facts: StoreFacts, result: Result) -> str:
     preset = preset_of(facts, result.sources[0]["weights"])
     family = facts.spec.family if facts.spec else PRESETS[preset].family if preset else None
     return next((kind for kind, families in KINDS.items() if family in families), OTHER if family else UNKNOWN)
-
-
-# -- words ------------------------------------------------------------------------------------------------------------
-
-
-def place(layer: int, step: int | None) -> str:
-    return f"block {layer}" if step is None else f"block {layer}, step {step}"
-
-
-def told(probes: Probes, among: Sequence[Probes]) -> str:
-    """Where a cell's numbers are from: layer and step, settings that vary, seeds, and of how many it is the best."""
-    words = [" + ".join(place(*each) for each in probes.places)]
-    results = [p.first for p in among]
-    settings = next(one for one, p in zip(varied(results), among, strict=True) if p is probes)
-    words += [f"{name} {value}" for name, value in settings.items() if name not in HAS_ITS_OWN_PLACE]
-    if len(probes.results) > 1:
-        seeds = ", ".join(str(result.config.get("seed")) for result in probes.results)
-        words.append(f"{len(probes.results)} seeds ({seeds})")
-    if len(among) > 1:
-        words.append(f"best of {len(among)}")
-    return "; ".join(words)
-
-
-def number(x: float | None, decimals: int = 3) -> str:
-    """Fixed decimals, as many figures where that would show nothing; an en dash for none."""
-    if x is None or not math.isfinite(x):
-        return NONE
-    if isinstance(x, int):
-        return str(x)
-    return f"{x:.{decimals}f}" if x == 0 or 10**-decimals <= abs(x) < 1e4 else f"{x:.{decimals}g}"
-
-
-def size(nbytes: int | None) -> str:
-    if nbytes is None:
-        return NONE
-    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= of:
-            return f"{nbytes / of:.3g} {unit}" if nbytes < 1000 * of else f"{nbytes / of:,.0f} {unit}"
-    return f"{nbytes} bytes"

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from spatialprobe.probes.report.markup import Html, element, scroll
 from spatialprobe.probes.report.published import SOURCE, published
-from spatialprobe.probes.report.study import KINDS, Bench, Features, Probes, Study, best_of, number, told
+from spatialprobe.probes.report.study import KINDS, Bench, Features, Probes, Study, best_of
+from spatialprobe.probes.report.words import number, told
 
 
 def value_cell(x: float, *, best: bool = False, spread: float | None = None, shade: int | None = None) -> Html:
