@@ -17,6 +17,7 @@ LOOSE = 1.2  # how much larger than the smallest rectangle one of those surfaces
 FACING = 0.8  # cosine between a normal, or a step along a surface, and the direction of an end
 REACH = 1.5  # pixel footprints, or steps along the surface, from an end within which an edge or a face is at it
 FACE_SHARE = 0.2  # of the points at an end, that look that way if it is a face
+SLACK = 0.1  # of the extent, or a pixel: an end that is not known so well was not seen
 WHOLE = 0.8  # of the outline in the view that shows it best: with less, a part may be hidden
 FEWEST, FEWEST_SHARE = 3, 0.002  # edges, or points of a face, that show an end; of the edges also this share
 
@@ -53,7 +54,10 @@ def box_of(seen: Seen) -> Box:
     if high[1] - low[1] > high[0] - low[0]:
         yaw += np.pi / 2
         low, high = trimmed(turned(points, yaw))
-    complete = axes_seen(seen, yaw, low, high)
+    complete, low, high = axes_seen(seen, yaw, low, high)
+    if high[1] - low[1] > high[0] - low[0]:  # by less than the sides' ends are known
+        yaw, complete = yaw + np.pi / 2, complete[[1, 0, 2]]
+        low, high = np.array([low[1], -high[0], low[2]]), np.array([high[1], -low[0], high[2]])
     centre = turned((low + high)[None] / 2, -yaw)[0]
     return Box(centre, high - low, float((yaw + np.pi / 2) % np.pi - np.pi / 2), complete)
 
@@ -146,8 +150,11 @@ def _turn(a: list[float], b: list[float], x: float, y: float) -> float:
     return (b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])
 
 
-def axes_seen(seen: Seen, yaw: float, low: np.ndarray, high: np.ndarray) -> np.ndarray:  # bool [3]
-    """Axes of the box whose two ends are where the object ends, if it has no part that nobody saw.
+def axes_seen(
+    seen: Seen, yaw: float, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # bool [3], float64 [3], [3]
+    """Axes of the box whose two ends are where the object ends, if it has no part that nobody saw; low and high, each
+    in the middle of where the end may be: the last pixel's step on a slanted surface may be much longer than a pixel.
 
     An end was seen if a face of the object looks that way there, or if its surface runs that way and stops: edges of
     its outline there are ends, and no more than a third of them are cut by the image or by something nearer. A part
@@ -155,14 +162,15 @@ def axes_seen(seen: Seen, yaw: float, low: np.ndarray, high: np.ndarray) -> np.n
     in large part in every view, if it is cut at an end that was seen nowhere, or if the object neither stands on
     anything nor hangs from anything.
     """
+    none = np.zeros(3, bool), low, high
     if seen.whole < WHOLE:
-        return np.zeros(3, bool)
+        return none
     normals, along = turned(seen.normals, yaw), turned(seen.along, yaw)
     inside, edges_inside = turned(seen.points, yaw), turned(seen.edges, yaw)
     length = np.linalg.norm(along, axis=1)
     reach, edge_reach = REACH * seen.pixel, REACH * np.fmax(seen.edge_pixel, length)
     fewest = max(FEWEST, FEWEST_SHARE * len(seen.edges))
-    observed, held = np.zeros((3, 2), bool), False
+    observed, held, ends = np.zeros((3, 2), bool), False, np.stack([low, high], 1)
     for d in range(3):
         for e, (end, sign) in enumerate(((low[d], -1), (high[d], 1))):
             there = sign * (end - inside[:, d]) < reach
@@ -171,8 +179,14 @@ def axes_seen(seen: Seen, yaw: float, low: np.ndarray, high: np.ndarray) -> np.n
             ending = int((here & seen.ends).sum())
             cut = int(here.sum()) - ending
             facing = face >= max(FEWEST, FACE_SHARE * there.sum())
-            observed[d, e] = facing or (ending >= fewest and ending >= 2 * cut)
+            stops = ending >= fewest and ending >= 2 * cut
+            if stops and not facing:  # it is before the next pixel of every edge, with a tenth of them astray
+                beyond = sign * (edges_inside[:, d] + along[:, d] - end)[here & seen.ends]
+                slack = max(float(np.quantile(beyond, 0.1)), 0) / 2
+                ends[d, e] += sign * slack
+                stops = slack <= SLACK * (high[d] - low[d]) or slack <= np.median(seen.pixel)
+            observed[d, e] = facing or stops
             held |= d == 2 and (here & seen.touches).sum() >= FEWEST
             if not observed[d, e] and (cut or d == 2):
-                return np.zeros(3, bool)
-    return observed.all(1) & held
+                return none
+    return observed.all(1) & held, ends[:, 0], ends[:, 1]

@@ -170,7 +170,7 @@ def _edges(view: View, step: int, bit: int) -> tuple[np.ndarray, ...]:
 
 
 def runs_out(view: View, at: np.ndarray, step: int, bit: int) -> np.ndarray:  # bool [M]
-    """Whether a surface runs from the pixel inwards out to it, and not a small step in depth: it is no steeper there."""
+    """Whether a surface runs out to the pixel from the one inwards, and not a small step in depth: no steeper there."""
     joined, before = view.joined[at] >> bit & 1, view.joined[at - step] >> bit & 1
     here, next_, last = view.inverse[at], view.inverse[at - step], view.inverse[at - 2 * step]
     slope, slope_before = here - next_, next_ - last
