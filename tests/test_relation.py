@@ -295,6 +295,15 @@ def test_objects_of_a_clip_are_numbered_as_they_are_asked_about():
     assert numbered(pairs * 0, masks)[2] == 1
 
 
+def test_an_object_is_in_the_views_that_show_a_pixel_of_it():
+    targets = RELATION.targets(batch_of([boxes_of(5), boxes_of(6)]), RELATION.defaults, FACTS)
+    numbers = range(1, 1 + int(targets["masks"].max()))
+    shown = torch.stack([(targets["masks"] == number).flatten(2).any(2) for number in numbers], -1)
+    assert torch.equal(targets["objects"], shown)
+    assert not shown.all()
+    assert torch.equal(shown.any(1).sum(1), targets["pairs"].flatten(1).amax(1))  # of every object asked about
+
+
 def test_other_ids_and_rows_that_ask_nothing_change_neither_loss_nor_metrics():
     tables = [boxes_of(number) for number in (5, 6)]
     labels = batch_of(tables)
@@ -379,6 +388,13 @@ def test_facts_are_those_of_the_training_clips():
     assert facts.means[int(height)] == pytest.approx(0)
     assert facts.spreads[int(height)] == pytest.approx(math.sqrt(2) * math.log(2))
     assert (facts.means[int(left)], facts.spreads[int(left)]) == (0, 1)
+    head = RELATION.head(6, RELATION.defaults, facts).eval()
+    torch.nn.init.ones_(head.answer[-1].bias)
+    torch.nn.init.zeros_(head.answer[-1].weight)  # what every pair is told before it is looked at, one spread too much
+    tokens, masks = Tokens([torch.zeros(1, 1, 4, 6)], (2, 2)), torch.ones(1, 1, 2, 2, dtype=torch.int64)
+    (scores,) = head(tokens, masks, masks[..., 0, :1] > 0, torch.tensor([[[[1, 0]]]]))["scores"].flatten(0, 2)
+    assert scores[:, 0].tolist() == pytest.approx([m + s for m, s in zip(facts.means, facts.spreads, strict=True)])
+    assert torch.equal(scores[:, 1], torch.ones(R))
     only = relation_facts(labels, ["0"], RELATION.defaults)
     assert (only.means[int(height)], only.spreads[int(height)]) == (0, 1)
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ def test_true_centres_and_sizes_answer_and_noise_does_not(labels, tmp_path):
     settings = SETTINGS | {"val": labels.ids()[::4]}
     (told,) = train(RELATION, known, labels, **settings)
     (guessed,) = train(RELATION, unknown, labels, **settings | {"epochs": 4})
+    assert guessed.best_epoch == np.argmin([row["val_loss"] for row in guessed.curve])
     decided = [name for name, kind in zip(NAMES, KINDS, strict=True) if kind == "yes_or_no"]
     of_each = {name: told.metrics[f"balanced_accuracy/{name}"] for name in decided}
     assert told.metrics["balanced_accuracy"] == pytest.approx(np.mean(list(of_each.values())))
@@ -84,13 +86,24 @@ def test_true_centres_and_sizes_answer_and_noise_does_not(labels, tmp_path):
     assert guessed.metrics["same_hour"] < 0.25  # of 12
 
 
+def test_noise_in_every_patch_tells_how_large_objects_look(tmp_path):
+    """A mean over many patches varies less than one over few: what looks larger is nearer, but on neither side."""
+    labels = RoomLabels(rooms_of(range(320)), rows=64)
+    store = write_rooms(tmp_path / "noise", labels.rooms, partial(noise_features, per_object=False))
+    (guessed,) = train(RELATION, store, labels, **SETTINGS | {"val": labels.ids()[::4], "epochs": 4})
+    for name in ("nearer", "in_front_of"):
+        assert guessed.metrics[f"balanced_accuracy/{name}"] > 0.6, name
+    for name in ("left_of", "east_of", "above"):
+        assert guessed.metrics[f"balanced_accuracy/{name}"] == pytest.approx(0.5, abs=0.1), name
+
+
 def test_each_relation_probe_of_a_grid_ends_as_it_would_alone(few, store):
-    grid = {"lr": [1e-3, 1e-2], "hidden": [16, 24], "depth": [0, 1]}
+    grid = {"head_dropout": [0.0, 0.3], "hidden": [16, 24], "depth": [0, 1]}
     settings = {name: value for name, value in SHORT.items() if name not in grid} | {"val": few.ids()[::4]}
     together = train(RELATION, store, few, grid=grid, **settings)
     assert len({tuple(numbers(result)) for result in together}) == 8, "settings make no difference"
     for result in together[1::3]:
-        chosen = {"lr": result.config["lr"], "hidden": result.config["options"]["hidden"]}
+        chosen = {name: result.config["options"][name] for name in ("head_dropout", "hidden")}
         (alone,) = train(RELATION, store, few, **settings | chosen | {"depth": result.config["depth"]})
         assert alone.config == result.config
         assert numbers(alone) == pytest.approx(numbers(result), rel=2e-4, abs=1e-4)
