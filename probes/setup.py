@@ -106,7 +106,8 @@ def split(
     there = set.intersection(*(set(source.ids()) for source in sources))
     if on_error == "raise" and (unlabelled := sorted(there - labelled)):
         raise ValueError(
-            f"{len(unlabelled)} clips have features but no labels in {labels.root}, such as {unlabelled[0]}"
+            f"{len(unlabelled)} clips have features but no labels in {labels.root}, such as {unlabelled[0]}; "
+            'on_error="skip" (--skip-unreadable) leaves them out'
         )
     both = there & labelled
     if val is None:

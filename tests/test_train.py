@@ -223,6 +223,10 @@ def test_a_checkpoint_of_another_run_is_refused(store, labels, tmp_path):
     train(TAGGING, store, labels, layer=1, step=749, out=tmp_path, **SMALL)
     with pytest.raises(ValueError, match="another run; choose another folder\n  probes: "):
         train(TAGGING, store, labels, layer=1, step=749, out=tmp_path, **{**SMALL, "lr": 1e-4})
+    elsewhere = tmp_path.parent / "other-labels"
+    elsewhere.symlink_to(labels.root)
+    with pytest.raises(ValueError, match="another run; choose another folder\n  labels: .*other-labels"):
+        train(TAGGING, store, ScanNetLabels(elsewhere, classes=K), layer=1, step=749, out=tmp_path, **SMALL)
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged"):
@@ -318,7 +322,9 @@ def test_grids_name_settings(store, labels):
 
 def test_clips_of_features_and_labels_must_meet(store, labels, tmp_path):
     elsewhere = write_labels(tmp_path / "few", clips=4)
-    with pytest.raises(ValueError, match="20 clips have features but no labels"):
+    with pytest.raises(
+        ValueError, match=r"20 clips have features but no labels in .*--skip-unreadable\) leaves them out"
+    ):
         split([store], elsewhere, None, 0, "raise")
     train_ids, val_ids = split([store], elsewhere, None, 0, "skip")
     assert (train_ids, val_ids) == (["train/clip000", "train/clip001", "train/clip002"], ["val/clip003"])
