@@ -26,8 +26,9 @@ from spatialprobe.engine.lifting.lift import lift
 from spatialprobe.engine.lifting.outline import outline_of, view_of
 from spatialprobe.engine.types import ClipError
 
-# An end is where the last pixel of the object is, up to a pixel short of it, or a step of the pixel on a slanted
-# surface; the outermost thousandth of the points is trimmed. Twelve of the scenes reach 1.5, two hundred others 2.2.
+# An end is between the object's last pixel and the next one, on a slanted surface a step of several pixels; of a step
+# the middle is taken, and the outermost thousandth of the points is trimmed. The twelve rooms reach 1.3 pixels, 200
+# others 2.1, and 100 of a single frame 2.7.
 MOST_PIXELS = 2.5
 
 

@@ -51,7 +51,7 @@ class ObjectTable:
     centre: np.ndarray  # [N, 3] of the box
     extent: np.ndarray  # [N, 3] full lengths of the box along its own x (the longer horizontal side), y and z (up)
     yaw: np.ndarray  # [N] radians about z from the frame's x to the box's x, in [-pi/2, pi/2)
-    complete: np.ndarray  # [N, 3] whether the object was seen to end at both ends of that axis of its box
+    complete: np.ndarray  # [N, 3] whether the object was seen to end at both ends of that axis, with no part hidden
     pixels: np.ndarray  # [N, V] pixels of the object
     whole: np.ndarray  # [N, V] share of its outline where the object itself ends, not the image or something nearer
     nearest: np.ndarray  # [N, V] from the camera's centre to the nearest point seen; inf where there is none
