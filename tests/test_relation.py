@@ -321,11 +321,12 @@ def test_other_ids_and_rows_that_ask_nothing_change_neither_loss_nor_metrics():
         assert found == pytest.approx(metrics, nan_ok=True, rel=1e-6)
 
 
-def test_the_loss_is_the_mean_of_each_answers_own():
+@pytest.mark.parametrize("beta", [0.1, 0.6])
+def test_the_loss_is_the_mean_of_each_answers_own(beta):
     labels = batch_of([boxes_of(7)])
     outputs, targets = answers_to(labels)
-    found = RELATION.loss(outputs, targets, RELATION.defaults, torch.Generator())["loss"]
-    each, beta = [], RELATION.defaults.options["beta"]
+    found = RELATION.loss(outputs, targets, RELATION.defaults.with_settings(beta=beta), torch.Generator())["loss"]
+    each = []
     for s, p in np.ndindex(len(VIEWS), 64):
         relation, _, _, answer = labels["relations"][0, s, p].tolist()
         if relation < 0:
