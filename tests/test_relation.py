@@ -398,6 +398,8 @@ def test_facts_are_those_of_the_training_clips():
     assert torch.equal(scores[:, 1], torch.ones(R))
     only = relation_facts(labels, ["0"], RELATION.defaults)
     assert (only.means[int(height)], only.spreads[int(height)]) == (0, 1)
+    alike = relation_facts(Rows([[left, 1, 2, 1], tall, tall]), ["0"], RELATION.defaults)
+    assert (alike.rates[int(left)], alike.spreads[int(height)]) == (0.95, 0.1)
     with pytest.raises(
         ValueError, match="nothing to learn: the first views of 1 training clips of rooms show no object"
     ):
