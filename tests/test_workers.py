@@ -75,8 +75,9 @@ def logged(root: str | Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_two_workers_end_as_one_process_and_report_together(clips, qwen_path, alone, tmp_path, capfd):
-    words = job_words(clips, qwen_path, tmp_path / "s")
+def test_two_workers_end_as_one_process_and_report_together(clips, qwen_path, alone, tmp_path, capfd, spoil):
+    words, both = job_words(clips, qwen_path, tmp_path / "s"), tmp_path / "both"
+    spoil("", WAIT.format(both=str(both), leases=str(tmp_path / "s/leases")))  # nor is one done before the other begins
     assert main([*command(words)[3:], "--devices", "cpu,cpu"]) == 0
     printed = capfd.readouterr()
     assert f"{CLIPS} written, 0 there before, 0 failed, 0 skipped of {CLIPS} clips" in printed.out
@@ -145,6 +146,13 @@ def spoiled(path, *args, **kwargs):
     return _open(path, *args, **kwargs)
 Image.open = spoiled
 """
+
+
+WAIT = """import pathlib, time
+        while not os.path.exists({both!r}):
+            time.sleep(0.01)
+            if len([*pathlib.Path({leases!r}).glob("holder-*")]) > 1:
+                open({both!r}, "w").close()"""
 
 
 @pytest.fixture
