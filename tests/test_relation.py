@@ -13,7 +13,7 @@ from object_tables import table_of_scene
 from relation_scenes import boxes_of
 
 from spatialprobe.engine.demo.furnish import SceneObject
-from spatialprobe.engine.demo.scenes import Scene, make_scene
+from spatialprobe.engine.demo.scenes import Scene, look_at, make_scene
 from spatialprobe.engine.lifting.objects import ObjectTable
 from spatialprobe.engine.questions.relations import RELATIONS
 from spatialprobe.probes.backbone import Tokens
@@ -131,9 +131,26 @@ def test_more_questions_than_rows_are_shared_out_evenly():
             yes = sum(answer for (n, *_), answer in kept.items() if n == name)
             assert abs(2 * yes - of_kind[0][name]) <= 1
     assert torch.equal(relation_rows(table, [0, 3, 8], 150)[1], some), "a frame's rows depend on others"
+    assert not torch.equal(relation_rows(replace(table, clip="another"), [3], 150)[0], some), "clips draw alike"
     assert torch.equal(some[:, 0] < 0, torch.zeros(150, dtype=torch.bool))
     rest = everything[len(there) :]
     assert torch.equal(rest, torch.tensor([[-1.0, 0, 0, 0]]).expand(len(rest), 4))
+
+
+def test_from_the_first_view_means_from_its_position():
+    """All other cameras look from the opposite side, where left is right and near is far."""
+    table, _ = boxes_of(2)
+    poses = table.poses.copy()
+    poses[1:] = look_at(np.array([0, 9, 1.5]), np.array([0, 4, 1.0]))
+    first, found = (asked(rows) for rows in relation_rows(replace(table, poses=poses), [0, 3], ALL))
+    far = dict(zip(table.ids.tolist(), np.linalg.norm(table.centre - poses[0, :3, 3], axis=1), strict=True))
+    there = {name: {(i, j): x for (n, i, j), x in found.items() if n == name} for name in NAMES}
+    both = {pair: x for pair, x in there["left_of_from_first"].items() if ("left_of", *pair) in first}
+    assert len(both) >= 6
+    assert all(first["left_of", *pair] == x for pair, x in both.items())
+    assert any(there["left_of"].get(pair, x) != x for pair, x in both.items())
+    assert len(there["nearer_from_first"]) >= 6
+    assert all((far[i] < far[j]) == x for (i, j), x in there["nearer_from_first"].items())
 
 
 @pytest.mark.parametrize("rows", [60, ALL])
@@ -173,6 +190,12 @@ def test_what_is_not_known_is_not_asked():
     largest = np.arange(7)[:, None] == table.pixels[:, 2].argmax()
     few = replace(table, pixels=np.where(largest, table.pixels, 0))  # a single object is seen well
     assert of(few) == {relation.name for relation in RELATIONS if relation.arity == 1}
+    bottomless = np.arange(7) < 2  # two without depth in view 2, which no difference of infinities is taken of
+    with np.errstate(invalid="raise"):
+        found = asked(
+            relation_rows(replace(table, nearest=np.where(bottomless[:, None], np.inf, table.nearest)), [2], ALL)[0]
+        )
+    assert not {i for _, *pair in found for i in pair} & set(table.ids[bottomless].tolist())
     none = replace(table, pixels=np.zeros_like(table.pixels))
     assert (relation_rows(none, [0, 1], 16)[..., 0] == -1).all()
     flat = replace(table, extent=table.extent * (1, 1, 0))  # no length of 0 has a logarithm
