@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo.render import render_clip
 from spatialprobe.engine.demo.scenes import make_scene
+from spatialprobe.engine.types import FrameSelection
 from spatialprobe.probes.labels import DL3DVLabels, LiftedLabels, open_labels
 from spatialprobe.probes.labels.relations import NAMES, relation_rows
 
@@ -76,6 +77,9 @@ def test_frames_that_were_not_lifted_are_named_and_others_found(tmp_path):
         labels.ids("val")
     with pytest.raises(ValueError, match=r"has no points; it has instance_masks, extrinsic"):
         labels.read("a/b", [0], ("points",))
+    spec = labels.root / "lift.json"
+    spec.write_text(spec.read_text().replace('"stride": 1', '"stride": 2'))
+    assert open_labels(labels.root).selection == FrameSelection(stride=2)
     assert isinstance(open_labels(labels.root, layout="dl3dv"), DL3DVLabels)  # if it is said
 
 
