@@ -39,6 +39,7 @@ def held_back(
     loaders: int,
     writers: int,
     cannot: Collection[str] = (),  # stages of OTHERWISE whose usual advice this run cannot take
+    here: Collection[str] = (),  # of "loaders" and "writers", whose work the calling thread did itself
     cores: int | None = None,
 ) -> HeldBack | None:
     """What took most of a run's time, `timing` being `Clock.summary()`. None where no stage took a notable part.
@@ -65,7 +66,7 @@ def held_back(
     if side in ("loaders", "writers"):
         threads = loaders if side == "loaders" else writers
         more = f"more --{side} ({threads} on {cores} cores)" if threads < cores else f"more cores ({threads} --{side})"
-        advice = f"{more} or {advice}"
+        advice = f"{'more processes (--devices)' if side in here else more} or {advice}"
     return HeldBack(stage, shares[side], advice)
 
 

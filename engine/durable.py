@@ -16,6 +16,7 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 class StoreFull(OSError):
@@ -105,7 +106,7 @@ def publish_first(temp: Path, final: Path) -> None:
     except FileExistsError:
         pass
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP):
+        if error.errno not in NO_LINKS:
             raise
         if not final.exists():  # no hard links on this file system: of two processes at once the last wins
             temp.replace(final)

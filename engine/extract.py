@@ -99,13 +99,14 @@ def extract(
                 for clips, features in size.fitting(batch, on_device):
                     for b, clip in enumerate(clips):
                         clip.fed.let_go()  # of a window of pixels: not to be kept until the write is through
-                        writes.put(clip.ref, write, b, clip, features, store, clock, sharing, latents)
+                        with clock.host("wait for writers"):  # or do what they would
+                            writes.put(clip.ref, write, b, clip, features, store, clock, sharing, latents)
                     with clock.host("wait for writers"):
                         writes.wait()
             writes.wait(0)
     except KeyboardInterrupt:
         report.interrupted = True
-        writes.wait(0)
+        writes.settle_rest()
     except (StoreFull, MemoryError) as error:
         report.stopped = str(error) + (tiling.advice(adapter) if isinstance(error, MemoryError) else "")
         writes.settle_rest()
@@ -117,7 +118,9 @@ def extract(
     report.batch_size, report.timing = size.now, compiling.told_apart(clock)
     cannot = [] if device.type == "cuda" and adapter.PREPARES_ON_DEVICE else ["prepare"]
     cannot += [] if isinstance(adapter, FromLatents) and latents is None else ["encode"]
-    report.timing["held_back"] = held_back_line(report.timing, loaders=loaders, writers=writers, cannot=cannot)
+    here = [side for side, pool in (("loaders", loading), ("writers", writing)) if getattr(pool, "here", False)]
+    about = {"loaders": loaders, "writers": writers, "cannot": cannot, "here": here}
+    report.timing["held_back"] = held_back_line(report.timing, **about)
     if latents is not None:
         report.timing["latents"] = {"read": latents.hits, "made": latents.made}
     settled = report.present + report.written + report.elsewhere + report.failed + report.skipped

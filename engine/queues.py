@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,25 +107,42 @@ class BatchSize:
         torch.cuda.empty_cache()
 
 
+@dataclass
+class Task:
+    item: Any
+    give: Callable[[], Future] | None  # to the pool; None once that has happened
+    future: Future | None = None  # None too where an interrupt came while it was done on this thread
+
+
 class Behind:
     """Work given to a pool and settled, in order, on the calling thread: at most `depth` are under way."""
 
     def __init__(self, pool: Executor, depth: int, settle: Callable[[Any, Future], None]):
         self._pool, self._depth, self._settle = pool, depth, settle
-        self._under_way: deque[tuple[Any, Future]] = deque()
+        self._under_way: deque[Task] = deque()
 
     def put(self, item: Any, work: Callable, *args: Any) -> None:
-        self._under_way.append((item, self._pool.submit(work, *args)))
+        """`work` may be done twice, if an interrupt comes: it must not mind."""
+        task = Task(item, lambda: self._pool.submit(work, *args))
+        self._under_way.append(task)
+        task.future, task.give = task.give(), None
 
     def settle_rest(self) -> None:
         """Settles all that is left. What cannot be stored any more is left unsettled, to be done again another time."""
         while self._under_way:
-            item, future = self._under_way.popleft()
+            task = self._under_way.popleft()
+            future = task.future or task.give()
             if not isinstance(future.exception(), OSError):
-                self._settle(item, future)
+                self._close(task.item, future)
 
     def wait(self, depth: int | None = None) -> None:
         """Settles what is done, and waits until at most `depth` are under way."""
         most = self._depth if depth is None else depth
-        while len(self._under_way) > most or (self._under_way and self._under_way[0][1].done()):
-            self._settle(*self._under_way.popleft())
+        while len(self._under_way) > most or (self._under_way and self._under_way[0].future.done()):
+            task = self._under_way.popleft()
+            self._close(task.item, task.future)
+
+    def _close(self, item: Any, future: Future) -> None:
+        self._settle(item, future)
+        if (error := future.exception()) is not None:
+            error.__traceback__ = None  # its frames hold the future, and what the work was given, in a circle

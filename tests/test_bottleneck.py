@@ -60,6 +60,13 @@ def test_what_a_run_cannot_do_is_not_advised():
     assert held_back(timing(0.9, encode=70, blocks=20), **about).advice == "more GPUs"
 
 
+def test_threads_are_not_advised_for_what_they_were_not_given():
+    clock = timing(0.1, wait_for_writers=60, write=60)
+    found = held_back(clock, loaders=2, writers=4, cores=16, here=["writers"])
+    assert (found.stage, found.advice.split(" or ")[0]) == ("write", "more processes (--devices)")
+    assert "more --writers" in held_back(clock, loaders=2, writers=4, cores=16, here=["loaders"]).advice
+
+
 def test_a_run_without_time_is_held_back_by_nothing():
     assert held_back({"seconds": 0.0, "busy": 0.0, "stages": {}}, loaders=1, writers=1, cores=2) is None
 

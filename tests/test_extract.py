@@ -219,6 +219,50 @@ def test_an_interrupt_keeps_what_was_done_and_reports_it(clips, tmp_path):
     assert (rest.present, rest.written, len(store)) == (done, 50 - done, 50)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_interrupt_in_the_middle_of_a_write_miscounts_nothing(clips, tmp_path, monkeypatch, stored):
+    """Short writes are done by the thread that an interrupt strikes, before or after the file has its name."""
+    store_write, struck, outcomes = FeatureStore.write, [], []
+
+    def strike(self, clip_id, *args):
+        if clip_id >= "a20" and not struck and threading.current_thread() is threading.main_thread():
+            struck.append(clip_id)
+            if stored:
+                store_write(self, clip_id, *args)
+            raise KeyboardInterrupt
+        return store_write(self, clip_id, *args)
+
+    monkeypatch.setattr(pipeline, "SHORT_WRITE", 1.0)
+    monkeypatch.setattr(FeatureStore, "write", strike)
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*(f"a{n}" for n in range(10, 60))), Ramp(), store, progress=lambda *o: outcomes.append(o))
+    assert struck
+    assert report.interrupted
+    assert struck[0] in store
+    assert len(store) == report.written < 50
+    assert sorted(outcomes) == [(clip_id, "written", "") for clip_id in store.ids()]
+
+
+def test_a_full_disk_after_an_interrupt_leaves_a_report(clips, tmp_path, monkeypatch):
+    store_write, outcomes = FeatureStore.write, []
+
+    def full_at_last(self, clip_id, *args):
+        if len(outcomes) == 3:
+            raise StoreFull(28, "No space left on device", str(self.path(clip_id)))
+        return store_write(self, clip_id, *args)
+
+    def stop_after_three(*outcome):
+        outcomes.append(outcome)
+        if len(outcomes) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureStore, "write", full_at_last)
+    store = FeatureStore.create(tmp_path / "s", spec())
+    report = extract(refs(*(f"a{n}" for n in range(50))), Ramp(), store, batch_size=8, progress=stop_after_three)
+    assert report.interrupted
+    assert report.written == len(outcomes) == len(store)
+
+
 def test_decode_compute_and_write_overlap(clips, tmp_path, monkeypatch):
     """40 ms each of decoding, computing and writing per clip: far less than their sum, near the slowest alone."""
     load, store_write = pipeline.load_clip, FeatureStore.write

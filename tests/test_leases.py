@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,30 @@ def test_leases_need_no_hard_links_and_outlive_the_file_they_are_links_to(folder
 
     monkeypatch.setattr(os, "link", refused)
     assert (mine.claim("made"), other.claim("made", 9), other.claim("linked", 9)) == (0, None, None)
+    for leases in (mine, other):
+        leases.close()
+    assert not folder.exists()
+
+
+def test_a_lease_is_known_where_every_name_of_a_file_has_a_number_of_its_own(folder, monkeypatch):
+    """As on some FUSE mounts and on CIFS with noserverino."""
+    monkeypatch.setattr(os.path, "samestat", lambda a, b: False)
+    mine, other = Leases(folder, **QUICK), Leases(folder, **QUICK)
+    assert (mine.claim("a"), other.claim("a", 9), mine.holds("a")) == (0, None, True)
+    for leases in (mine, other):
+        leases.close()
+    assert not folder.exists()
+
+
+def test_a_process_whose_folder_was_cleared_away_while_it_was_stopped_goes_on(folder):
+    mine = Leases(folder, beat=600)
+    assert mine.claim("a") == 0
+    shutil.rmtree(folder)  # as by the last of others, to whom it seemed to be gone
+    assert not mine.holds("a")
+    mine.release("a")
+    assert mine.claim("b") == 0
+    other = Leases(folder, **QUICK)
+    assert (other.claim("b", 9), other.claim("a")) == (None, 0)
     for leases in (mine, other):
         leases.close()
     assert not folder.exists()

@@ -1,7 +1,9 @@
 """Where work is done: short work on the thread that asks, long work on a pool; errors come where they are asked for."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -51,6 +53,31 @@ def test_order_and_errors_are_those_of_a_pool(nearby):
         behind.wait()
     behind.wait(0)
     assert settled == [(1, "NoneType"), (30, "ValueError"), (2, "NoneType")]
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_what_failed_is_let_go_without_waiting_for_the_garbage_collector(nearby, here):
+    def fail(clip: set) -> None:
+        raise ValueError("not finite")
+
+    def settle(item: int, future) -> None:
+        with pytest.raises(ValueError, match="not finite"):
+            future.result()
+
+    nearby.here = here
+    behind, clips = Behind(nearby, 2, settle), []
+    gc.disable()
+    try:
+        for n in range(20):
+            clip = {n}
+            clips.append(weakref.ref(clip))
+            behind.put(n, fail, clip)
+            behind.wait()
+        del clip
+        behind.wait(0)
+        assert [clip() for clip in clips] == [None] * 20
+    finally:
+        gc.enable()
 
 
 def test_an_interrupt_comes_out_at_once(nearby):

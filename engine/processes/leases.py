@@ -12,7 +12,6 @@ shortcut: where there are none, the counter alone decides.
 A holder that wakes up after it was given up finds the next turn there, and drops the clip.
 """
 
-import errno
 import fcntl
 import os
 import platform
@@ -23,10 +22,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from spatialprobe.engine.durable import NO_LOCKS, room_for
+from spatialprobe.engine.durable import NO_LINKS, NO_LOCKS, room_for
 
 BEAT, PATIENCE = 5.0, 60.0  # seconds
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 def this_machine() -> str:
@@ -64,7 +62,7 @@ class Leases:
         self.token = secrets.token_hex(8)
         self._machine, self._mine, self._seen = this_machine(), {}, {}  # _mine: clip id -> turn
         self._blank, self._links = None, True  # stat of the file that leases are links to; whether links work here
-        self._beats, self._lock = 0, None
+        self._beats, self._lock, self._entering = 0, None, threading.Lock()
         self._lock = self._enter()
         for path in folder.glob("holder-*"):
             self.gone(path.name.removeprefix("holder-"))  # who is dead already is not this session's business
@@ -103,12 +101,18 @@ class Leases:
         while not self._stop.wait(self.beat):
             self._beats += 1
             try:
-                self._write(self._lock)
-                if not (self.folder / f"holder-{self.token}").exists():  # given up while it was stopped: back again
-                    old, self._lock = self._lock, self._enter()
-                    os.close(old)
+                with self._entering:
+                    self._write(self._lock)
+                self._come_back()
             except OSError:  # the run itself will meet a file system that fails, and say so
                 pass
+
+    def _come_back(self) -> None:
+        """After it was given up while it was stopped, and its file or the whole folder was cleared away."""
+        with self._entering:
+            if not (self.folder / f"holder-{self.token}").exists():
+                old, self._lock = self._lock, self._enter()
+                os.close(old)
 
     def gone(self, holder: str, name: str = "") -> bool:
         """Whether a holder works no more; `name` is of the lease, where it does not say whose it is."""
@@ -232,6 +236,9 @@ class Leases:
                 return made or self._new_file(path, deaths)
             except FileExistsError:
                 return None
+            except FileNotFoundError:  # the folder
+                self._come_back()
+                return self._create(key, turn, deaths)
 
     def _link(self, path: Path) -> os.stat_result | None:
         blank = self.folder / f".lease-{self.token}"
@@ -261,9 +268,12 @@ class Leases:
 
     def _is(self, made: os.stat_result, key: str, turn: int) -> bool:
         try:
-            return os.path.samestat(made, self._path(key, turn).stat())
+            if os.path.samestat(made, self._path(key, turn).stat()):
+                return True
         except FileNotFoundError:
             return False
+        there = self._read(key, turn)  # some file systems give every name of a file a number of its own
+        return there is not None and there.holder == self.token
 
     def _read(self, key: str, turn: int | str) -> Lease | None:
         try:
