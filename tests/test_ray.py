@@ -7,8 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -216,6 +217,32 @@ def test_an_actor_hashes_its_encoders_once_and_counts_latents_by_task(wan_path, 
     for clip_id in ("clip0", "clip1"):
         assert worker.work([clip_id], ticket)["timing"]["latents"] == {"read": 0, "made": 1}
     assert len(hashed) == 1
+
+
+def test_actors_whose_gpus_have_other_memory_free_follow_the_first(wan_path, clips_path, tmp_path, monkeypatch):
+    from spatialprobe.engine.processes.ray_run import Crew, Hand
+
+    words = {"clips": str(clips_path), "model": str(wan_path), "layers": [0], "steps": [749], "window": 9}
+    words |= {"options": {"size": (64, 96), "vae_tiling": "auto"}, "out": str(tmp_path / "s")}
+    job, workers = Job(**words, device="cpu"), []
+    for free in (0, 1 << 60, 0):
+        monkeypatch.setattr("spatialprobe.engine.device.tiling.free_bytes", lambda device, free=free: free)
+        workers.append(RayWorker(asdict(job), torch.get_num_threads()))
+        workers[-1].load()
+    assert [worker.resolved.spec.options["vae_tiling"] for worker in workers] == [True, False, True]
+    there = SimpleNamespace(ray=SimpleNamespace(get=lambda said: said), gone=False)
+    crew = Crew(there, job, 2, [], 1.0, {})
+    hands = [Hand(number, worker, None) for number, worker in enumerate(workers)]
+    crew.workers = hands
+    workers[2].resolved.spec = replace(workers[2].resolved.spec, seed=1)
+    for hand in hands:
+        crew._hear(hand, hand.actor.load())
+    assert [hand.ended for hand in hands] == ["", "", "would store other features: seed: 0 there, 1 asked"]
+    ticket = {"sign": f"tmp/{crew.store.run.path.name}", "spec_hash": crew.store.spec_hash, "of_sharing": {}}
+    for worker, clip_id in zip(workers, ("clip0", "clip1"), strict=False):
+        assert worker.work([clip_id], ticket)["clips"][0][1] == "written"
+    assert FeatureStore.open(tmp_path / "s").spec.options["vae_tiling"] is True
+    assert FeatureStore.open(tmp_path / "s").verify() == []
 
 
 @pytest.mark.parametrize(

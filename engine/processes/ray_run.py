@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from spatialprobe.engine.device.tiling import OPTION, chosen
 from spatialprobe.engine.durable import RunFolder
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.processes.ray_cluster import GONE_AFTER, LOCAL, Cluster, cluster, ray_library
@@ -195,6 +196,8 @@ class Crew(Pool):
         spec = FeatureSpec.from_json(said["spec"])
         if self.store is None:
             self.store = FeatureStore.create(self.job.out, spec, said["about"])
+        if said["may_tile"]:  # it will follow the store's, where a GPU with other memory free was up first
+            spec = chosen(spec, bool(self.store.spec.options[OPTION]))
         if changed := differences(self.store.spec, spec):
             return self._lose(hand, f"would store other features: {'; '.join(changed)}")
         hand.loaded = True

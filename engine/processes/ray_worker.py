@@ -70,7 +70,8 @@ class RayWorker:
             resolved, refs, _ = survey(self.job)
             self.blocks = set_up(resolved, Path(self.job.out))
             self.resolved, self.refs = resolved, {ref.id: ref for ref in refs}
-        return {"spec": self.resolved.spec.to_json(), "about": self.resolved.about, "blocks": self.blocks}
+        said = {"spec": self.resolved.spec.to_json(), "about": self.resolved.about, "blocks": self.blocks}
+        return said | {"may_tile": self.resolved.may_tile}
 
     def _work(self, ids: list[str], ticket: Ticket) -> dict[str, Any]:
         self._load()
