@@ -98,6 +98,14 @@ def test_files_hold_tables_points_masks_and_cameras(demo, tmp_path, capsys):
     assert not (out / "tmp").exists()
 
 
+def test_a_run_goes_on_from_another_working_folder(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(demo.parent)
+    assert main(["lift", demo.name, "--limit", "1", "--out", str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(demo / "labels")
+    assert main(["lift", "..", "--limit", "1", "--out", str(tmp_path / "out")]) == 0
+    assert "0 written, 1 there before" in capsys.readouterr().out
+
+
 def test_frames_points_and_scale_are_chosen(demo, tmp_path):
     words = ["lift", str(demo), "--limit", "1", "--out"]
     assert main([*words, str(tmp_path / "a"), "--query", "1,3", "--points", "none", "--scale", "free"]) == 0

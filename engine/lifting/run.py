@@ -90,12 +90,12 @@ def spec_of(sources: Sources, job: LiftJob) -> LiftSpec:
         raise ValueError(f"up must be 3 numbers that are not all 0, or floor, got {job.up}")
     metric = sources.metric if job.metric is None else job.metric
     return LiftSpec(
-        data=str(sources.data.root.absolute()),
-        depth=str(sources.depth.root.absolute()),
+        data=str(sources.data.root.resolve()),
+        depth=str(sources.depth.root.resolve()),
         frames=replace(sources.depth.selection, query=job.query),
         metric=metric,
         up=None if up is None else tuple(float(x) for x in up),
-        names=None if job.names is None else str(Path(job.names).absolute()),
+        names=None if job.names is None else str(Path(job.names).resolve()),
         intrinsic_size=job.intrinsic_size,
         points=job.points,
         versions={name: version(name) for name in ("spatialprobe", "numpy")},

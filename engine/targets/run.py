@@ -72,7 +72,7 @@ def run_targets(job: Job, cameras: Cameras | None = None, *, retry_failed: bool 
             short=job.short,
         ),
         size=parse_size("size", job.options["size"]) if "size" in job.options else None,
-        cameras=None if cameras is None else str(Path(job.targets).absolute()),
+        cameras=None if cameras is None else str(Path(job.targets).resolve()),
         intrinsic_size=getattr(cameras, "intrinsic_size", None),
         compute_dtype=dtype,
         device=device.type,
