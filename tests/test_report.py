@@ -134,6 +134,18 @@ def test_seeds_are_one_number_with_its_spread(study):
     assert "3 seeds (1, 2, 3); best of 2" in row[6][0]
 
 
+def test_runs_of_one_seed_are_no_seeds_and_copies_count_once(tmp_path):
+    source = make_store(tmp_path / "store", "dinov2-large")
+    draw = np.random.default_rng(3)
+    first, again = (make_result("instance", [source], make_metrics("instance", draw), seed=7) for _ in range(2))
+    moved = replace(first, sources=[source | {"store": "gone"}])
+    page, _ = report(first, again, moved, tmp_path=tmp_path)
+    row = page.row("Features by axes", "dinov2-large")
+    assert "gone" not in [cells[0][0] for _, cells in page.tables["Features by axes"]]
+    assert row[1][1] == pytest.approx(np.mean([r.metrics["T-mIoU"] for r in (first, again)]), abs=1e-12)
+    assert "2 runs of seed 7" in row[3][0]
+
+
 def test_families_have_means_and_published_figures_are_told_apart(study):
     _, _, page = study
     three = [page.row("Features by axes", name) for name in ("wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "cogvideox-2b")]

@@ -209,7 +209,7 @@ def curves(results: Sequence[Result], best: Result | None) -> Html | None:
     said = [f"{name}: {number(p[0][1])} to {number(p[-1][1])}" for name, p, _ in series[:12]]
     more = f"; and {len(series) - 12} more" if len(series) > 12 else ""
     drawing = svg(
-        f"Validation loss of {len(series)} probes by epoch",
+        f"Validation loss of {len(series)} {'probe' if len(series) == 1 else 'probes'} by epoch",
         f"From the first to the last epoch, {'; '.join(said)}{more}.",
         *axes(x, y, "epoch", "validation loss"),
         *lines,

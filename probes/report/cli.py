@@ -24,11 +24,12 @@ def report(args: argparse.Namespace) -> int:
     if out.is_dir():
         raise ValueError(f"out must be an HTML file, got the folder {out}")
     collection = collect(args.runs)
+    not_read = [f"{path}: {why}" for path, why in collection.unread.items()]
     if not collection.runs:
-        raise ValueError("none of the files could be read: " + "; ".join(collection.unread.values()))
+        raise ValueError("none of the files could be read: " + "; ".join(not_read))
     write_whole(out, render(make_study(collection), args.title))
     probes = sum(len(run.results) for run in collection.runs)
     print(f"{out}: {probes} probes of {len(collection.runs)} runs, {out.stat().st_size / 1e6:.2f} MB")
-    for path, why in collection.unread.items():
-        print(f"not read: {path}: {why}", file=sys.stderr)
-    return 1 if collection.unread else 0
+    for line in not_read:
+        print(f"not read: {line}", file=sys.stderr)
+    return 1 if not_read else 0

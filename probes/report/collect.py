@@ -78,7 +78,7 @@ def collect(places: Sequence[str | Path]) -> Collection:
                 runs.append(ProbeRun(path, checked_results(path), _pictures(path.parent)))
             except (ValueError, OSError) as error:
                 if path == place:
-                    raise ValueError(str(error)) from None
+                    raise ValueError(f"{path}: {error}") from None
                 unread[str(path)] = str(error)
     stores: dict[tuple[str, str], StoreFacts] = {}
     for run in runs:
@@ -107,12 +107,12 @@ def checked_results(path: Path) -> list[Result]:
     try:
         results = read_results(path)
     except (ValueError, TypeError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{path} does not hold the results of probes: {error}") from None
+        raise ValueError(f"it does not hold the results of probes: {error}") from None
     if not isinstance(results, list) or not results:
-        raise ValueError(f"{path} holds no results")
+        raise ValueError("it holds no results")
     for number, result in enumerate(results):
         if wrong := _wrong(result):
-            raise ValueError(f"{path}: result {number} has {wrong}")
+            raise ValueError(f"result {number} has {wrong}")
         result.metrics = {name: math.nan if x is None else x for name, x in result.metrics.items()}
     return results
 

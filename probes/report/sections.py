@@ -152,7 +152,7 @@ def study_notes(study: Study) -> Iterator[str]:
             "to relations of lengths: such numbers say what a probe can do, not what a model knows."
         )
     if any(len(p.results) > 1 for there in study.cells.values() for p in there):
-        yield "A number with ± is the mean over seeds, and their standard deviation."
+        yield "A number with ± is the mean over seeds, or over runs of one seed, and their standard deviation."
     if any(preset in FIGURES for row in study.rows for preset in row.presets):
         yield (
             f"Rows in italics are figures published in {SOURCE}, as shares of 1. They are of its own clips and labels "

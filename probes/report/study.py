@@ -120,8 +120,10 @@ def best_of(probes: Iterable[Probes]) -> Probes | None:
 
 
 def make_study(collection: Collection) -> Study:
-    identities = {key: identity(facts) for key, facts in collection.stores.items()}
-    names = part_names(collection.stores, identities)
+    found = {facts.spec_hash: facts for facts in collection.stores.values() if facts.spec}
+    stores = {key: found.get(facts.spec_hash, facts) for key, facts in collection.stores.items()}  # moved, or copied
+    identities = {key: identity(facts) for key, facts in stores.items()}
+    names = part_names(stores, identities)
     rows: dict[tuple[str, ...], Features] = {}
     grouped: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     seen = set()
@@ -129,7 +131,7 @@ def make_study(collection: Collection) -> Study:
         keys = [(source["store"], source["spec"]) for source in result.sources]
         parts = tuple(identities[key] for key in keys)
         if parts not in rows:
-            facts = [collection.stores[key] for key in keys]
+            facts = [stores[key] for key in keys]
             rows[parts] = Features(
                 parts,
                 tuple(names[part] for part in parts),
@@ -139,8 +141,8 @@ def make_study(collection: Collection) -> Study:
             )
         if not result.metrics:  # it diverged
             continue
-        one = json.dumps([result.config, result.metrics, result.keys, keys, result.labels], sort_keys=True)
-        if one in seen:  # a copy of a file
+        one = json.dumps([result.config, result.metrics, result.keys, parts, result.labels], sort_keys=True)
+        if one in seen:  # a copy of a file, or the same run again
             continue
         seen.add(one)
         grouped[rows[parts], bench_of(result)][_config_text(result)].append(result)

@@ -7,7 +7,7 @@ CSS = """
   --panel: #1d2126; --accent: #79b2f4; --good: #7ccf9b; --bad: #f0a07c; --heat: 52, 110, 180; } }
 * { box-sizing: border-box; }
 html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 2.5rem) 4rem; max-width: 72rem; background: var(--back);
+body { margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 2.5rem) 4rem; max-width: 82rem; background: var(--back);
   color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: clamp(1.5rem, 5vw, 2.1rem); line-height: 1.2; letter-spacing: -.01em; margin: 0 0 .6rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: 1.4rem; border-top: 1px solid var(--line); }
@@ -24,10 +24,13 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; ma
 nav a { display: inline-block; padding: .25rem 0; }
 footer { margin-top: 4rem; border-top: 1px solid var(--line); }
 
-.scroll { overflow-x: auto; margin: .8rem 0; } figure { margin: 0 0 1rem; min-width: 0; }
+.scroll { overflow-x: auto; margin: .8rem 0;  /* a shade at the right edge until the end is scrolled to */
+  background: linear-gradient(to left, var(--back) 40%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, rgba(128, 128, 128, .35), transparent) right / 1rem 100% no-repeat scroll; }
+ figure { margin: 0 0 1rem; min-width: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; line-height: 1.35; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-th, td { padding: .38rem .55rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: .38rem .35rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 500; } thead th { color: var(--soft); border-bottom-color: var(--soft); vertical-align: bottom; }
 td:not(.from), th.number { text-align: right; white-space: nowrap; }
 th.long { white-space: normal; max-width: 9rem; overflow-wrap: break-word; }
@@ -37,7 +40,7 @@ tbody th[scope=row], thead tr:first-child th:first-child { position: sticky; lef
 thead tr:first-child th[scope=colgroup] { color: var(--ink); font-weight: 600; border-left: 1px solid var(--line);
   border-bottom: 0; }
 th.kind { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-transform: uppercase; padding-top: 1.1rem; }
-td.from, th.from { color: var(--soft); font-size: .78rem; min-width: 7rem; max-width: 15rem; }
+td.from, th.from { color: var(--soft); font-size: .78rem; min-width: 4.5rem; max-width: 15rem; }
 td.none { color: var(--soft); } td small { color: var(--soft); font-size: .78rem; }
 td:not(.none) small { display: block; white-space: nowrap; }
 strong { font-weight: 700; } td:not(.heat) strong { color: var(--accent); }
@@ -95,6 +98,7 @@ dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
   html { font-size: 9.5pt; } body { max-width: none; padding: 0; } nav { display: none; } h2 { margin-top: 1.4rem; }
   h2, h3, h4, summary, figcaption { break-after: avoid; } tr, figure, article { break-inside: avoid; }
   thead { display: table-header-group; } .scroll, pre { overflow: visible; max-height: none; }
+  .scroll { background: none; }
   .grid, .scroll .chart { min-width: 0; } table { font-size: .76rem; width: 100%; }
   td.from, th.from, td small { font-size: .66rem; } data { white-space: nowrap; }
   th, td { padding: .15rem .3rem; white-space: normal !important; min-width: 0 !important; }

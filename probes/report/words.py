@@ -21,8 +21,10 @@ def told(probes: Probes, among: Sequence[Probes]) -> str:
     settings = next(one for one, p in zip(varied(results), among, strict=True) if p is probes)
     words += [f"{name} {value}" for name, value in settings.items() if name not in HAS_ITS_OWN_PLACE]
     if len(probes.results) > 1:
-        seeds = ", ".join(str(result.config.get("seed")) for result in probes.results)
-        words.append(f"{len(probes.results)} seeds ({seeds})")
+        seeds = list(dict.fromkeys(str(result.config.get("seed")) for result in probes.results))
+        runs = f"{len(probes.results)} runs of " if len(seeds) < len(probes.results) else ""
+        of = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(seeds)})"
+        words.append(runs + of)
     if len(among) > 1:
         words.append(f"best of {len(among)}")
     return "; ".join(words)
