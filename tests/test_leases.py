@@ -1,5 +1,6 @@
 """Who works on which clip: one at a time, whatever dies, stalls or comes at the same time."""
 
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -167,18 +168,31 @@ def test_what_the_observer_slept_through_is_no_stall(folder, monkeypatch):
 def test_clocks_of_day_do_not_matter(folder, monkeypatch, apart):
     there = Leases(folder, **QUICK)
     assert there.claim("a") == 0
-    monkeypatch.setattr(time, "time", lambda: apart)
-    monkeypatch.setattr(time, "time_ns", lambda: int(apart * 1e9))
+    of_day, of_day_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: of_day() + apart)
+    monkeypatch.setattr(time, "time_ns", lambda: of_day_ns() + int(apart * 1e9))
     here = Leases(folder, **QUICK)
     here._machine = "another"
     until = time.monotonic() + 1
     while time.monotonic() < until:
         assert here.claim("a", 9) is None
-    os.utime(folder / f"{key_of('a')}.0", (0, 0))  # nor what the files' times say
-    assert here.claim("a", 9) is None
+        for name in (f"{key_of('a')}.0", f"holder-{there.token}"):
+            os.utime(folder / name, (0, 0))  # nor what the files' times say
     there.close()
     assert here.claim("a") == 0
     here.close()
+
+
+def test_a_clock_of_day_that_is_set_while_a_holder_is_watched_does_not_matter(folder, monkeypatch):
+    there, here = Leases(folder, beat=600), Leases(folder, beat=0.1, patience=5)
+    here._machine = "another"
+    assert there.claim("a") == 0
+    hours = itertools.count(10**10, 3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(hours)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(hours) * 10**9)
+    assert {here.claim("a", 9) for _ in range(100)} == {None}
+    for leases in (there, here):
+        leases.close()
 
 
 def test_a_holder_whose_file_was_cleared_away_while_it_was_stopped_comes_back(folder):

@@ -95,8 +95,9 @@ def test_two_workers_end_as_one_process_and_report_together(clips, qwen_path, al
     assert f"0 written, {CLIPS} there before" in capfd.readouterr().out
 
 
-def test_two_runs_on_one_store_share_the_clips(clips, qwen_path, alone, tmp_path):
-    words = job_words(clips, qwen_path, tmp_path / "s")
+def test_two_runs_on_one_store_share_the_clips(clips, qwen_path, alone, tmp_path, spoil):
+    words, both = job_words(clips, qwen_path, tmp_path / "s"), tmp_path / "both"
+    spoil("", WAIT.format(both=str(both), leases=str(tmp_path / "s/leases")))
     runs = [subprocess.Popen(command(words, "--device", "cpu"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [run.communicate(timeout=180)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
