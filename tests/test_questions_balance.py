@@ -129,7 +129,7 @@ def test_questions_depend_on_seed_and_clip_alone():
         ({"types": "height,nothing"}, "types must be of .*, got nothing"),
         ({"levels": "0,4"}, r"levels must be distinct numbers of 0 .. 3, got \[0, 4\]"),
         ({"levels": "0,1", "shares": "1"}, r"shares must be 2 numbers from 0, of the levels \[0, 1\], got \[1.0\]"),
-        ({"types": "height", "levels": "0"}, "level 0 has a share, but none of the types"),
+        ({"types": "height", "levels": "0"}, "level 0 has a share, but none of the types height"),
         ({"forms": "open,closed"}, "forms must be of open, choice, truth, .*, got 'closed'"),
         ({"forms": "open=0"}, "shares of forms must be numbers from 0, not all 0"),
         ({"per_clip": "many"}, "per-clip must be a whole number, got 'many'"),

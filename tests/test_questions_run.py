@@ -83,6 +83,8 @@ def test_records_hold_the_numbers_that_their_words_use(whole):
         for u, v in q.get("points", ()):
             assert [u, v] in table.sample_pixels[view].tolist()
             assert f"({u}, {v})" in q["question"]
+            assert q["size"] == [table.size[1], table.size[0]]
+            assert f"{q['size'][0]}x{q['size'][1]} image" in q["question"]
         if q["form"] == "choice":
             assert q["choices"]["ABCD".index(q["letter"])] == q["right"]
             if "choice_values" in q and not q["unit"] == "":

@@ -4,7 +4,8 @@ A record: id, clip, frames (of the window: the image's, and that of a second ima
 form, question, answer, right (the answer in no sentence); choices, letter and choice_values of a multiple choice;
 truth and stated of a statement; word (what was asked of things, or is said of them); objects (id in the masks, tag, the
 name that the question uses, box in the first image as first u, v and last u, v) or points (u, v), in the order of the
-value's numbers, the one that was picked or asked about first; value (a number or several), unit; margin, margin_of.
+value's numbers, the one that was picked or asked about first; size (width, height) of the image that points are in;
+value (a number or several), unit; margin, margin_of.
 
 A chat line: id, images, messages with role and content, "<image>" in the content for each of the images.
 """
@@ -55,7 +56,8 @@ def said_fields(said: Composed) -> str:
 
 def thing_fields(q: Question, table: ObjectTable, known: dict[tuple, str]) -> str:
     if q.kind.points:
-        return f', "points": {table.sample_pixels[q.view][q.things].tolist()}'
+        height, width = table.size
+        return f', "points": {table.sample_pixels[q.view][q.things].tolist()}, "size": [{width}, {height}]'
     objects = []
     for key in zip(q.things, [q.view] * len(q.things), q.names, strict=True):
         if key not in known:

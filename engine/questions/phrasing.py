@@ -118,7 +118,7 @@ PHRASES = {
     ),
     "bearing": Phrases(
         ("By how many degrees, and to which side, must the camera turn to face the centre of {A}?",
-         "How far must the camera be turned to look straight at the centre of {A}, level and in degrees?",
+         "Kept level, how many degrees must the camera turn, and to which side, to face the centre of {A}?",
          "In which direction from straight ahead is the centre of {A}, in degrees to the left or right?"),
         ("{n}", "It is {n}.", "About {n}."),
         ("To face the centre of {A}, the camera must turn by about {n}.",
@@ -201,7 +201,7 @@ PHRASES = {
     "wider": Phrases(
         ("Which is {w} along its shorter horizontal side, {or}?",
          "Of {and}, which one is {w}, going by the shorter horizontal side?",
-         "By width, the shorter horizontal side, which is {w}: {or}?"),
+         "Going by width, the shorter horizontal side, which is {w}: {or}?"),
         ("{X}", "{X} is {w}.", "{X} is {w} than {Y}."),
         ("{X} is {w} than {Y} along its shorter horizontal side.",
          "By the shorter horizontal side, {X} is {w} than {Y}.",
@@ -209,12 +209,12 @@ PHRASES = {
     ),
     "longer": Phrases(
         ("Which has the {w} length, {or}, measured along the longer horizontal side?",
-         "Of {and}, which one has the {w} longer horizontal side?",
-         "By length, the longer horizontal side, which has the {w} one: {or}?"),
+         "Of {and}, which one has the {w} length, going by the longer horizontal side?",
+         "Going by the longer horizontal side, which has the {w} length: {or}?"),
         ("{X}", "{X} has the {w} length.", "{X} has a {w} length than {Y}."),
         ("{X} has a {w} length than {Y}, measured along the longer horizontal side.",
-         "By the longer horizontal side, {X} has a {w} length than {Y}.",
-         "Of {and}, {X} has the {w} longer horizontal side."),
+         "Going by the longer horizontal side, {X} has a {w} length than {Y}.",
+         "Of {and}, {X} has the {w} length, going by the longer horizontal side."),
     ),
     "bigger": Phrases(
         ("Which is {w} by the volume of its bounding box, {or}?", "Of {and}, which one has the {w} bounding box?",
@@ -250,9 +250,9 @@ PHRASES = {
          "The vertical distance between the centres of {A} and {B} is about {n}."),
     ),
     "clock": Phrases(
-        ("If 12 o'clock is the way the camera looks, at what o'clock is {B} from {A}?",
+        ("If 12 o'clock is the way the camera looks, in which clock direction from {A} is {B}?",
          "Standing at {A} and facing the way the camera does (12 o'clock), at which hour do you see {B}?",
-         "Seen from above with 12 o'clock ahead of the camera, in which clock direction from {A} is {B}?"),
+         "Seen from above with 12 o'clock ahead of the camera, at which hour from {A} is {B}?"),
         ("{n}", "It is at {n}.", "{B} is at {n} from {A}."),
         ("If 12 o'clock is the way the camera looks, {B} is at {n} from {A}.",
          "Standing at {A} and facing the way the camera does (12 o'clock), you see {B} at {n}.",

@@ -107,7 +107,7 @@ STEPS = {
     "equilateral": Phrases(
         ("Seen from above, do the centres of {A}, {B} and {C} form an equilateral triangle, give or take 15%?",
          "Are {A}, {B} and {C} all about equally far from each other, within 15%, seen from above?",
-         "Do {A}, {B} and {C} stand at the corners of a roughly equilateral triangle (sides equal within 15%)?"),
+         "On the floor plan, do {A}, {B} and {C} form a roughly equilateral triangle (sides equal within 15%)?"),
         ("{s}", "{s}, they {w} one.", "{s}, {A}, {B} and {C} {w} an equilateral triangle."),
         ("Seen from above, {A}, {B} and {C} {w} an equilateral triangle, give or take 15%.",
          "The centres of {A}, {B} and {C} {w} a roughly equilateral triangle seen from above (within 15%).",
@@ -141,9 +141,9 @@ STEPS = {
          "From facing {B} to facing {C}, someone at {A} turns by about {n}."),
     ),
     "facing_clock": Phrases(
-        (f"{STAND} If {{B}} is at 12 o'clock, at what o'clock is {{C}}?",
+        (f"{STAND} If {{B}} is at 12 o'clock, in which clock direction is {{C}}?",
          "Standing at {A} with {B} at 12 o'clock, at which hour do you find {C}?",
-         "Seen from above, with you at {A} and {B} straight ahead at 12 o'clock, in which clock direction is {C}?"),
+         "Seen from above, with you at {A} and {B} straight ahead at 12 o'clock, at which hour is {C}?"),
         ("{n}", "It is at {n}.", "{C} is at {n}."),
         ("Standing at {A} with {B} at 12 o'clock, you find {C} at {n}.",
          "If you stand at {A} and face {B}, {C} is at {n}.",
@@ -152,10 +152,10 @@ STEPS = {
     "path_length": Phrases(
         ("On the floor plan, how long is the way straight from {A} to {B} and on to {C}, centre to centre?",
          "Seen from above, going straight from {A} to {B} and then to {C}, how far is it from centre to centre?",
-         "On the floor plan, how long is the path from the centre of {A} by that of {B} to that of {C}?"),
+         "On the floor plan, how long is the path from the centre of {A} via that of {B} to that of {C}?"),
         ("{n}", "It is about {n}.", "The way is about {n} long."),
-        ("Seen from above, the way from the centre of {A} by that of {B} to that of {C} is about {n} long.",
+        ("Seen from above, the way from the centre of {A} via that of {B} to that of {C} is about {n} long.",
          "Going straight from {A} to {B} and then to {C}, centre to centre on the floor plan, is about {n}.",
-         "On the floor plan, the path from {A} by {B} to {C}, in straight lines between centres, is about {n}."),
+         "On the floor plan, the path from {A} via {B} to {C}, in straight lines between centres, is about {n}."),
     ),
 }  # fmt: skip

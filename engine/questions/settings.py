@@ -53,6 +53,8 @@ class Settings:
         if len(shares) != len(levels) or min(shares) < 0 or not sum(shares) > 0:
             raise ValueError(f"shares must be {len(levels)} numbers from 0, of the levels {levels}, got {shares}")
         of_level = dict(zip(levels, shares, strict=True))
+        if lacking := [str(k) for k, share in of_level.items() if share and k not in there]:
+            raise ValueError(f"level {', '.join(lacking)} has a share, but none of the types {', '.join(types)}")
         of_form = parse_forms(words.get("forms", ",".join(FORMS)).split(","))
         return cls(
             per_clip=number("per-clip", words.get("per_clip", str(cls.per_clip))),
