@@ -232,14 +232,14 @@ def test_the_prompt_is_embedded_once_and_as_the_pipeline_does(path, tmp_path, li
     families.aligned(pipe.text_encoder)
     with torch.inference_mode():
         expected, _ = pipe.encode_prompt(words["prompt"], do_classifier_free_guidance=False, max_sequence_length=32)
-    torch.testing.assert_close(first.prompt, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(first.text["prompt"], expected, atol=1e-6, rtol=1e-6)
     words_end = len(pipe.tokenizer(words["prompt"]).input_ids)
-    assert first.prompt[0, :words_end].abs().amax(-1).min() > 0
-    assert not first.prompt[0, words_end:].any()  # padding is zeroed
+    assert first.text["prompt"][0, :words_end].abs().amax(-1).min() > 0
+    assert not first.text["prompt"][0, words_end:].any()  # padding is zeroed
     monkeypatch.setattr("transformers.T5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("loaded again"))
     again = adapter(path, **words)
     again.load(1, families.CPU, torch.float32, tmp_path)
-    assert torch.equal(again.prompt, first.prompt)
+    assert torch.equal(again.text["prompt"], first.text["prompt"])
 
 
 def test_clips_become_a_store(path, clips_path, tmp_path):
@@ -271,7 +271,11 @@ def test_options_the_model_cannot_take(path, options, message):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("model_index.json", {"_class_name": "Cosmos2TextToImagePipeline"}, "must be a Cosmos2Video.* got Cosmos2Text"),
+        (
+            "model_index.json",
+            {"_class_name": "Cosmos2TextToImagePipeline"},
+            "pipeline must be Cosmos2Video.* got Cosmos2Text",
+        ),
         ("transformer/config.json", {"in_channels": 16}, "must take 16 latents and a mask .* got in_channels 16"),
         ("transformer/config.json", {"patch_size": [2, 2, 2]}, "patches of one frame"),
         ("transformer/config.json", {"warp": 1}, r"transformer/config\.json has fields .* does not know: warp"),

@@ -178,7 +178,7 @@ def test_options_the_model_cannot_take(path, options, message):
 
 
 def test_other_checkpoints_and_unknown_fields_are_refused(path, wan_path, cache, tmp_path):
-    with pytest.raises(ValueError, match="must be a HunyuanVideoPipeline, got WanPipeline"):
+    with pytest.raises(ValueError, match="pipeline must be HunyuanVideoPipeline, got WanPipeline"):
         make_adapter(HunyuanVideo, wan_path)
     shutil.copytree(path, tmp_path / "changed")
     config = tmp_path / "changed/transformer/config.json"

@@ -195,10 +195,10 @@ def test_the_prompt_is_embedded_once(path, tmp_path, monkeypatch, ltx):
     monkeypatch.setattr("transformers.T5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("loaded again"))
     again = adapter(path)
     again.load(1, families.CPU, torch.float32, tmp_path)
-    assert torch.equal(again.prompt, first.prompt)
-    assert torch.equal(again.prompt_mask, ltx.prompt_mask)
-    assert again.prompt_mask.sum() == 1  # </s>, then padding
-    assert again.prompt.shape == (1, 128, 32)
+    assert torch.equal(again.text["prompt"], first.text["prompt"])
+    assert torch.equal(again.text["mask"], ltx.text["mask"])
+    assert again.text["mask"].sum() == 1  # </s>, then padding
+    assert again.text["prompt"].shape == (1, 128, 32)
 
 
 def test_clips_become_a_store(path, clips_path, tmp_path):
@@ -230,7 +230,7 @@ def test_options_the_model_cannot_take(path, options, message):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("model_index.json", {"_class_name": "LTXConditionPipeline"}, "must be an LTXPipeline, got LTXCondition"),
+        ("model_index.json", {"_class_name": "LTXConditionPipeline"}, "pipeline must be LTXPipeline, got LTXCondition"),
         ("transformer/config.json", {"patch_size": 2}, r"one latent per token, got patches of \(2, 1\)"),
         ("transformer/config.json", {"warp": 1}, r"transformer/config\.json has fields .* does not know: warp"),
         ("vae/config.json", {"warp": 1}, r"vae/config\.json has fields .* does not know: warp"),

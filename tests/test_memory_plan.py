@@ -8,9 +8,13 @@ import torch
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
+from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.demo.tiny.gemma3 import build_gemma3
 from spatialprobe.engine.demo.tiny.glm4v import build_glm4v
+from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
+from spatialprobe.engine.demo.tiny.ltx import build_ltx
+from spatialprobe.engine.demo.tiny.mochi import build_mochi
 from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
 from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
@@ -24,6 +28,10 @@ BUILD = {
     "wan": build_wan_t2v,
     "wan_i2v": build_wan_i2v,
     "cogvideox": build_cogvideox,
+    "hunyuan_video": build_hunyuan_video,
+    "ltx": build_ltx,
+    "mochi": build_mochi,
+    "cosmos": build_cosmos,
     "qwen3_vl": build_qwen3_vl,
     "qwen2_5_vl": build_qwen2_5_vl,
     "glm4v": build_glm4v,
@@ -33,6 +41,10 @@ VGM = {"steps": [749, 300], "options": {"size": "64x96"}}
 WORDS = {
     "wan": VGM,
     "wan_i2v": VGM | {"family": "wan_i2v"},
+    "hunyuan_video": VGM,
+    "ltx": VGM,
+    "mochi": VGM,
+    "cosmos": VGM,
     "cogvideox": {"steps": [749], "options": {"size": "64x96", "half_frames": 9}},
 }
 

@@ -140,7 +140,7 @@ def test_an_empty_prompt_may_stand_for_no_text_at_all(path, tmp_path, mochi):
     """As the original program does, and the pipeline if its checkpoint says so."""
     zeros = changed(path, tmp_path / "mochi", "model_index.json", {"force_zeros_for_empty_prompt": True})
     assert_equals_pipeline(zeros, tmp_path / "cache", 2, (0, 1), torch.float32)
-    assert mochi.prompt_mask.sum() == 1  # without it: </s>, then padding
+    assert mochi.text["mask"].sum() == 1  # without it: </s>, then padding
 
 
 def test_noise_is_what_sampling_with_a_perfect_model_leaves(mochi):
@@ -237,9 +237,9 @@ def test_the_prompt_is_embedded_once(path, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.T5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("loaded again"))
     again = adapter(path)
     again.load(1, families.CPU, torch.float32, tmp_path)
-    assert torch.equal(again.prompt, first.prompt)
-    assert torch.equal(again.prompt_mask, first.prompt_mask)
-    assert again.prompt.shape == (1, 256, 32)
+    assert torch.equal(again.text["prompt"], first.text["prompt"])
+    assert torch.equal(again.text["mask"], first.text["mask"])
+    assert again.text["prompt"].shape == (1, 256, 32)
 
 
 def test_clips_become_a_store(path, clips_path, tmp_path):
@@ -258,8 +258,8 @@ def test_clips_become_a_store(path, clips_path, tmp_path):
     [
         ({"size": (32, 90)}, r"size must be multiples of 16 pixels, got \(32, 90\)"),
         ({"size": (0, 96)}, "size must be multiples of 16"),
-        ({"prompt_tokens": 0}, "prompt_tokens must be 1 to 256, got 0"),
-        ({"prompt_tokens": 257}, "prompt_tokens must be 1 to 256, got 257"),
+        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
+        ({"prompt_tokens": 257}, "prompt_tokens must be at most 256, got 257"),
     ],
 )
 def test_options_the_model_cannot_take(path, options, message):
@@ -270,7 +270,7 @@ def test_options_the_model_cannot_take(path, options, message):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("model_index.json", {"_class_name": "LTXPipeline"}, "must be a MochiPipeline, got LTXPipeline"),
+        ("model_index.json", {"_class_name": "LTXPipeline"}, "pipeline must be MochiPipeline, got LTXPipeline"),
         ("transformer/config.json", {"warp": 1}, r"transformer/config\.json has fields .* does not know: warp"),
         ("vae/config.json", {"warp": 1}, r"vae/config\.json has fields .* does not know: warp"),
         ("scheduler/scheduler_config.json", {"warp": 1}, r"scheduler_config\.json has fields .* does not know: warp"),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spatialprobe.engine.demo.tiny.ltx import build_ltx
+from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.memory_plan import plan_memory
 from spatialprobe.engine.extract import extract
@@ -67,8 +67,8 @@ def test_a_store_keeps_what_it_was_begun_with(tiled, wan_path, clips_path, tmp_p
 
 
 def test_what_cannot_be_planned_must_be_said(tmp_path, wan_path):
-    with pytest.raises(ValueError, match="which a LTX has not: say true or false"):
-        resolve(job(build_ltx(tmp_path / "ltx"), tmp_path / "store"))
+    with pytest.raises(ValueError, match="which a OpenSora has not: say true or false"):
+        resolve(job(build_open_sora(tmp_path / "open_sora"), tmp_path / "store", family="open_sora"))
     with pytest.raises(ValueError, match="which a window of any length has not"):
         resolve(job(wan_path, tmp_path / "store", window="all"))
     with pytest.raises(ValueError, match="option vae_tiling must be bool, got 'maybe'"):

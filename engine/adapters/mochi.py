@@ -1,7 +1,6 @@
 """Mochi 1 (diffusers). Frame 0 is a row of its own, then every 6 frames share one; a token is 16 pixels.
 
 Blocks put out (video, text); features are the video's tokens. The last block no longer updates the text.
-The text encoder is needed once, for the prompt: its output is cached in the store, and it is gone before clips run.
 """
 
 import math
@@ -9,20 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatialprobe.engine.adapter import Inputs, cached, prompt_file
-from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
+from spatialprobe.engine.checkpoint import Checkpoint, empty_module
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.images import resize, signed
-from spatialprobe.engine.latents import FromLatents, Latents
+from spatialprobe.engine.images import signed
 from spatialprobe.engine.parts.euler_schedule import NUM_STEPS, euler_scheduler
-from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
-from spatialprobe.engine.parts.t5 import load_t5
-from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
-from spatialprobe.engine.types import Clip, Plan
+from spatialprobe.engine.parts.text_encoder import load_text_encoder
+from spatialprobe.engine.parts.vae import CHANNELS_LAST
+from spatialprobe.engine.parts.video_diffusion import VideoDiffusion
 
 NOISE_THRESHOLD = 0.025  # MochiPipeline's: the first half of the steps takes this much of the noise away
 
@@ -71,7 +66,16 @@ def rotate(
     return torch.stack([a * cosines - b * sines, a * sines + b * cosines], -1).flatten(-2).to(x.dtype)
 
 
-class Mochi(FromLatents):
+def rotary_tables(
+    frequencies: Tensor,  # [3, heads, head_dim / 2]
+    positions: Tensor,  # [N, 3]
+) -> tuple[Tensor, Tensor]:  # cosines and sines [N, heads, head_dim / 2]
+    """MochiRoPE's, without its request for autocast: all is float32, and the meta device has no autocast."""
+    angles = torch.einsum("nd,dhf->nhf", positions.float(), frequencies.float())
+    return angles.cos(), angles.sin()
+
+
+class Mochi(VideoDiffusion):
     OPTIONS = {
         "size": (480, 848),  # pixels, height and width
         "prompt": "",
@@ -80,37 +84,19 @@ class Mochi(FromLatents):
         **CHANNELS_LAST,
     }
     PARITY = OPTIONS
-    LIBRARIES = ("diffusers", "transformers")
-    PREPARES_ON_DEVICE = True
+    PIPELINES = ("MochiPipeline",)
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
-        self.index = checkpoint.json("model_index.json")
-        if self.index.get("_class_name") != "MochiPipeline":
-            raise ValueError(f"{checkpoint.root} must be a MochiPipeline, got {self.index.get('_class_name')}")
-        self.config = checkpoint.json("transformer/config.json")
-        self.vae_config = checkpoint.json("vae/config.json")
-        self.num_layers = self.config["num_layers"]
-        self.num_steps = NUM_STEPS
-        self.channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        self.group = math.prod(self.vae_config["temporal_expansions"])  # frames per row
-        self.cell = math.prod(self.vae_config["spatial_expansions"]) * self.config["patch_size"]  # pixels per token
+        self.group = math.prod(self.vae_config["temporal_expansions"])
+        self.patch = self.config["patch_size"]
+        self.cell = math.prod(self.vae_config["spatial_expansions"]) * self.patch
+        self.latent_channels = self.vae_config["latent_channels"]
 
     def check_options(self) -> None:
-        if any(s < self.cell or s % self.cell for s in self.options["size"]):
-            raise ValueError(f"size must be multiples of {self.cell} pixels, got {self.options['size']}")
-        longest = self.config["max_sequence_length"]
-        if not 1 <= self.options["prompt_tokens"] <= longest:
-            raise ValueError(f"prompt_tokens must be 1 to {longest}, got {self.options['prompt_tokens']}")
-
-    def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
-        height, width = self.options["size"]
-        rows = group_rows(frames, self.group)
-        grid = (rows[-1] + 1, height // self.cell, width // self.cell)
-        return Plan(frames, tuple(range(frames)), (height, width), grid, rows)
-
-    def prepare(self, clip: Clip, plan: Plan) -> Inputs:
-        return {"video": whole_groups(resize(clip.frames, plan.size, Image.Resampling.LANCZOS), self.group)}
+        super().check_options()
+        if self.options["prompt_tokens"] > (most := self.config["max_sequence_length"]):
+            raise ValueError(f"prompt_tokens must be at most {most}, got {self.options['prompt_tokens']}")
 
     def skeleton(self, depth: int) -> list[nn.Module]:
         from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
@@ -126,33 +112,39 @@ class Mochi(FromLatents):
         return [transformer, vae]
 
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
-        from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
-
-        self.device, self.dtype = device, dtype
-        self.scheduler = euler_scheduler(self.checkpoint)
-        if not self.scheduler.config.invert_sigmas:
-            raise ValueError(f"{self.checkpoint.root} must have a scheduler with inverted sigmas, as Mochi was trained")
-        self.scheduler.set_timesteps(sigmas=np.array(linear_quadratic_schedule(NUM_STEPS, NOISE_THRESHOLD)))
-        # Inverted: the scheduler's "sigma" is the video's share, which grows, and timesteps are 1000 times that.
-        self.timesteps, self.shares = (x.tolist() for x in (self.scheduler.timesteps, self.scheduler.sigmas))
-        what = (self.options["prompt"], self.options["prompt_tokens"], dtype)
-        prompt = cached(prompt_file(cache, self.checkpoint, *what), self._run_text_encoder)
-        self.prompt, self.prompt_mask = prompt["prompt"].to(device, dtype), prompt["mask"].bool().to(device)
-        valid = int(prompt["mask"].sum())
-        assert prompt["mask"][:, :valid].all(), "T5's tokenizer pads on the right"
-        self.transformer, self.vae = self.skeleton(depth)
-        load_weights(self.transformer, self.checkpoint, "transformer", device=device, dtype=dtype)
-        load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
-        set_up_vae(self.vae, self.options)
-        self.blocks = self.transformer.transformer_blocks
+        super().load(depth, device, dtype, cache)
+        self.transformer.rope._create_rope = rotary_tables
+        valid = self._valid_tokens()
         for block in self.blocks:
             block.attn1.processor = FirstTokens(valid)
 
+    def load_schedule(self) -> None:
+        from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+        scheduler = euler_scheduler(self.checkpoint)
+        if not scheduler.config.invert_sigmas:
+            raise ValueError(f"{self.checkpoint.root} must have a scheduler with inverted sigmas, as Mochi was trained")
+        scheduler.set_timesteps(sigmas=np.array(linear_quadratic_schedule(NUM_STEPS, NOISE_THRESHOLD)))
+        # Inverted: the scheduler's "sigma" is the video's share, which grows, and timesteps are 1000 times that.
+        self.timesteps, self.shares = (x.tolist() for x in (scheduler.timesteps, scheduler.sigmas))
+
+    def text_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        tokens, width = self.options["prompt_tokens"], self.config["text_embed_dim"]
+        return {"prompt": ((1, tokens, width), self.dtype), "mask": ((1, tokens), torch.bool)}
+
+    def _valid_tokens(self) -> int:
+        mask = self.text["mask"]
+        if mask.is_meta:  # memory is planned as for a prompt that fills them all
+            return mask.shape[1]
+        valid = int(mask.sum())
+        assert mask[:, :valid].all(), "T5's tokenizer pads on the right"
+        return valid
+
     @torch.inference_mode()
-    def _run_text_encoder(self) -> dict[str, Tensor]:
+    def run_text_encoders(self) -> dict[str, Tensor]:
         from diffusers import MochiPipeline
 
-        encoder, tokenizer = load_t5(self.checkpoint, self.device, self.dtype)
+        encoder, tokenizer = load_text_encoder(self.checkpoint, self.device, self.dtype)
         text = MochiPipeline(
             scheduler=None,
             vae=None,
@@ -168,19 +160,7 @@ class Mochi(FromLatents):
         )
         return {"prompt": embedding.cpu().contiguous(), "mask": mask.long().cpu()}
 
-    def noise_shape(self, plan: Plan) -> tuple[int, ...]:
-        frames, height, width = plan.grid
-        patch = self.config["patch_size"]
-        return (self.vae_config["latent_channels"], frames, height * patch, width * patch)
-
-    def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "video": float32 [B, Z, T, h, w]
-        # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
-        return {"video": torch.cat([self._encode_one(video) for video in inputs["video"]])}
-
-    def state(self, latents: Latents, plan: Plan) -> Tensor:
-        return latents["video"]
-
-    def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
+    def encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
         # In float32, as the pipeline computes between steps. It never encodes: this undoes what it does to decode.
         latents = self.vae.encode(signed(video, self.dtype)).latent_dist.mean.float()
         config = self.vae.config  # where the file lacks a field, the class's default stands
@@ -194,14 +174,11 @@ class Mochi(FromLatents):
         noisy = (share * state + (1.0 - share) * noise).to(self.dtype)
         self.transformer(
             hidden_states=noisy,
-            encoder_hidden_states=self.prompt.expand(len(noisy), -1, -1),
+            encoder_hidden_states=self.text["prompt"].expand(len(noisy), -1, -1),
             timestep=noisy.new_full((len(noisy),), self.timesteps[step]),  # rounded to the dtype, as the pipeline does
-            encoder_attention_mask=self.prompt_mask.expand(len(noisy), -1),
+            encoder_attention_mask=self.text["mask"].expand(len(noisy), -1),
             return_dict=False,
         )
 
     def describe_step(self, step: int) -> dict[str, float]:
         return {"timestep": round(self.timesteps[step], 4), "sigma": round(1.0 - self.shares[step], 6)}
-
-    def grid(self, tokens: Tensor, state: Tensor, plan: Plan) -> Tensor:
-        return tokens.unflatten(1, plan.grid)

@@ -15,7 +15,7 @@ from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weight
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
 from spatialprobe.engine.parts.interleave import HALVES, half_frames, halves_for, interleaved_rows, longest
-from spatialprobe.engine.parts.t5 import load_t5
+from spatialprobe.engine.parts.text_encoder import load_text_encoder
 from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
@@ -220,7 +220,7 @@ class CogVideoXParts(Adapter):
 
     @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
-        encoder, tokenizer = load_t5(self.base, self.device, self.dtype)
+        encoder, tokenizer = load_text_encoder(self.base, self.device, self.dtype)
         length = self.options["prompt_tokens"]
         ids = tokenizer(self.options["prompt"], padding="max_length", max_length=length, return_tensors="pt").input_ids
         if ids.shape[1] > length:
