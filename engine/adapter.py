@@ -1,4 +1,4 @@
-"""What a model family must say about itself; everything else is shared. `engine/adapters/wan.py` is a whole one."""
+"""What a model family must say about itself; the rest is shared. `engine/adapters/open_sora.py` is a whole one."""
 
 import hashlib
 from abc import ABC, abstractmethod

@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
+from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
 from spatialprobe.engine.demo.tiny.ltx import build_ltx
+from spatialprobe.engine.demo.tiny.mochi import build_mochi
+from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 from spatialprobe.engine.dryrun import waiting_bytes
 from spatialprobe.engine.job import Job, resolve, select_shard
@@ -201,7 +205,15 @@ def test_dry_run_says_where_memory_is_only_guessed(clips_path, tmp_path, capsys)
     words = ["extract", str(clips_path), "--out", str(tmp_path / "s"), "--layers", "0", "--device", "cpu", "--dry-run"]
     video = ["--window", "9", "--option", "size=64x96"]
     for model, more, why in (
-        (build_ltx(tmp_path / "ltx"), video, "(a guess: the peak of family ltx is not counted)"),
+        (
+            build_open_sora(tmp_path / "open_sora"),
+            [*video, "--family", "open_sora"],
+            "(a guess: the peak of family open_sora is not counted)",
+        ),
+        (build_hunyuan_video(tmp_path / "hunyuan_video"), video, ""),
+        (build_ltx(tmp_path / "ltx"), video, ""),
+        (build_mochi(tmp_path / "mochi"), video, ""),
+        (build_cosmos(tmp_path / "cosmos"), [*video, "--option", "vae_tiling=auto"], ""),
         (
             build_wan_t2v(tmp_path / "wan"),
             [*video, "--offload", "host"],

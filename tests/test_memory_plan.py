@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
@@ -89,6 +90,18 @@ def test_the_plan_is_within_15_percent_of_a_real_pass(family, batch, words, path
     assert plan.blocks > plan.weights
 
 
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video", "ltx", "mochi", "cosmos"])
+@pytest.mark.parametrize("words", [{}, {"compute_dtype": "bfloat16"}])
+def test_the_prompt_of_a_plan_is_made_like_the_real_one(family, words, paths, tmp_path):
+    found = resolved(paths, family, tmp_path, **words)
+    made = []
+    for device in (torch.device("cpu"), META):
+        model = type(found.adapter)(found.adapter.checkpoint, dict(found.adapter.options))
+        model.load(1, device, COMPUTE_DTYPES[found.spec.compute_dtype], tmp_path)
+        made.append({name: (x.shape, x.dtype) for name, x in model.text.items()})
+    assert made[0] == made[1] != {}
+
+
 def test_more_clips_deeper_layers_and_larger_frames_need_more(paths, tmp_path):
     def peak(batch=1, **words):
         found = resolved(paths, "wan", tmp_path, **words)
@@ -121,6 +134,15 @@ def test_the_text_encoder_counts_until_its_prompt_is_kept(paths, tmp_path):
     assert before.prompt > 0
     resolved(paths, "wan", tmp_path).adapter.load(2, torch.device("cpu"), torch.float32, tmp_path)
     assert plan_memory(found.adapter, found.spec, found.depth, 1, 9, tmp_path).prompt == 0
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuan_video", "ltx", "mochi", "cosmos"])
+def test_text_encoders_weigh_what_their_files_hold(family, paths, tmp_path):
+    found = resolved(paths, family, tmp_path)
+    files = list(paths[family].glob("text_encoder*/*.safetensors"))
+    held = sum(x.nbytes for file in files for x in load_file(file).values())
+    assert found.adapter.text_encoder_bytes(tmp_path, torch.float32) == held > 0
+    assert found.adapter.text_encoder_bytes(tmp_path, torch.bfloat16) == held // 2
 
 
 def test_live_bytes_are_those_of_storages_that_are_there():

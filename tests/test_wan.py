@@ -99,7 +99,7 @@ def test_no_text_encoder_is_left_and_none_is_loaded_again(wan_path, tmp_path, mo
     monkeypatch.setattr("transformers.UMT5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("loaded again"))
     again = adapter(wan_path)
     again.load(1, CPU, torch.float32, tmp_path)
-    assert torch.equal(again.prompt, wan.prompt)
+    assert torch.equal(again.text["prompt"], wan.text["prompt"])
 
 
 def test_rows_follow_the_published_map_and_the_models_own_order(wan_path, tmp_path):
@@ -172,7 +172,7 @@ def test_half_a_pair_of_experts_is_refused(wan_path, tmp_path, change):
 
 
 def test_a_pipeline_of_another_family_is_refused(wan_path, tmp_path):
-    message = "must be a WanPipeline or WanImageToVideoPipeline, got CogVideoXPipeline"
+    message = "pipeline must be WanPipeline or WanImageToVideoPipeline, got CogVideoXPipeline"
     with pytest.raises(ValueError, match=message):
         adapter(changed(wan_path, tmp_path, "model_index.json", _class_name="CogVideoXPipeline"))
 
@@ -205,7 +205,7 @@ def test_the_prompt_is_what_was_asked_and_a_damaged_cache_is_made_again(wan_path
     for prompt in ("", "a sofa in a room"):
         wan = adapter(wan_path, prompt=prompt)
         wan.load(1, CPU, torch.float32, tmp_path)
-        prompts[prompt] = wan.prompt
+        prompts[prompt] = wan.text["prompt"]
     assert not torch.equal(prompts[""], prompts["a sofa in a room"])
     assert len(list(tmp_path.iterdir())) == 2
     for path in tmp_path.iterdir():
@@ -214,7 +214,7 @@ def test_the_prompt_is_what_was_asked_and_a_damaged_cache_is_made_again(wan_path
         path.write_bytes(raw)
     again = adapter(wan_path, prompt="a sofa in a room")
     again.load(1, CPU, torch.float32, tmp_path)
-    assert torch.equal(again.prompt, prompts["a sofa in a room"])
+    assert torch.equal(again.text["prompt"], prompts["a sofa in a room"])
 
 
 def test_a_group_of_frames_is_completed_not_dropped(wan_path, tmp_path):

@@ -1,6 +1,5 @@
 """Wan 2.1 and 2.2 (diffusers), text-to-video and image-to-video. Frame 0 is a row of its own, then 4 frames share one.
 
-The text encoder is needed once, for the prompt: its output is cached in the store, and it is gone before clips run.
 Of Wan 2.2's two experts only those are loaded that the job's steps run; TI2V-5B runs as text-to-video.
 """
 
@@ -13,22 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Inputs, cached, prompt_file
-from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
+from spatialprobe.engine.adapter import Inputs
+from spatialprobe.engine.checkpoint import Checkpoint, empty_module
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
-from spatialprobe.engine.latents import FromLatents, Latents
+from spatialprobe.engine.latents import Latents
 from spatialprobe.engine.parts import clip_vision, experts
-from spatialprobe.engine.parts.flow_schedule import NUM_STEPS, FlowSchedule
-from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
+from spatialprobe.engine.parts.flow_schedule import FlowSchedule
+from spatialprobe.engine.parts.text_encoder import load_text_encoder
+from spatialprobe.engine.parts.vae import CHANNELS_LAST
+from spatialprobe.engine.parts.video_diffusion import VideoDiffusion
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, Plan
 
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+ENCODER = "UMT5EncoderModel"
 SCHEDULER = "scheduler/scheduler_config.json"
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # the experts' folders; models without experts have the first
 
 
-class Wan(FromLatents):
+class Wan(VideoDiffusion):
     OPTIONS = {
         "size": (480, 832),  # pixels, height and width
         "prompt": "",
@@ -38,25 +39,20 @@ class Wan(FromLatents):
         **CHANNELS_LAST,
     }
     PARITY = OPTIONS | {"flow_shift": 3.0, "vae_tiling": True}
-    LIBRARIES = ("diffusers", "transformers")
-    PLANS_MEMORY = PREPARES_ON_DEVICE = True
+    PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+    TEXT_ENCODERS = {"text_encoder": ENCODER}
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)
-        index = checkpoint.json("model_index.json")
-        if (pipeline := index.get("_class_name")) not in PIPELINES:
-            raise ValueError(f"{checkpoint.root} must be a {' or '.join(PIPELINES)}, got {pipeline}")
-        self.config = checkpoint.json("transformer/config.json")
-        self.vae_config = checkpoint.json("vae/config.json")
-        self.expand_timesteps = bool(index.get("expand_timesteps"))  # TI2V-5B: a timestep for every token
-        self.boundary = index.get("boundary_ratio")  # share of the training timesteps where the low-noise expert begins
-        self._check_experts((index.get("transformer_2") or [None])[0] is not None)
-        self.num_layers = self.config["num_layers"]
-        self.num_steps = NUM_STEPS
-        self.channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        self.time_stride = 2 ** sum(self.vae_config["temperal_downsample"])
+        self.expand_timesteps = bool(self.index.get("expand_timesteps"))  # TI2V-5B: a timestep for every token
+        # Share of the training timesteps where the low-noise expert begins.
+        self.boundary = self.index.get("boundary_ratio")
+        self._check_experts((self.index.get("transformer_2") or [None])[0] is not None)
+        self.group = 2 ** sum(self.vae_config["temperal_downsample"])
+        self.patch = self.config["patch_size"][1]
         vae_stride = 2 ** len(self.vae_config["temperal_downsample"]) * (self.vae_config.get("patch_size") or 1)
-        self.cell = vae_stride * self.config["patch_size"][1]  # pixels per token, in height and in width
+        self.cell = vae_stride * self.patch
+        self.latent_channels = self.vae_config["z_dim"]
         self._check_kind()
 
     def _check_experts(self, two: bool) -> None:
@@ -73,28 +69,11 @@ class Wan(FromLatents):
             raise ValueError(f"{self.checkpoint.root} is an image-to-video Wan; name its family, --family wan_i2v")
 
     def check_options(self) -> None:
-        if any(s < self.cell or s % self.cell for s in self.options["size"]):
-            raise ValueError(f"size must be multiples of {self.cell} pixels, got {self.options['size']}")
-        if self.options["prompt_tokens"] < 1:
-            raise ValueError(f"prompt_tokens must be at least 1, got {self.options['prompt_tokens']}")
+        super().check_options()
         if not 0 <= self.options["flow_shift"] < math.inf:
             raise ValueError(f"flow_shift must be positive, or 0 for the own, got {self.options['flow_shift']}")
         if self.options["flow_shift"] == 0 and "flow_shift" not in self.checkpoint.json(SCHEDULER):
             raise ValueError(f"{self.checkpoint.root / SCHEDULER} has no flow_shift: give one as an option")
-
-    def plan(self, frames: int, query: tuple[int, ...]) -> Plan:
-        height, width = self.options["size"]
-        rows = tuple(math.ceil(f / self.time_stride) for f in range(frames))
-        grid = (rows[-1] + 1, height // self.cell, width // self.cell)
-        return Plan(frames, tuple(range(frames)), (height, width), grid, rows)
-
-    def prepare(self, clip: Clip, plan: Plan) -> Inputs:
-        # The last group of 4 is completed with its last frame: the VAE would silently drop a part of a group.
-        missing = 1 + (plan.grid[0] - 1) * self.time_stride - plan.frames
-        video = resize(clip.frames, plan.size, Image.Resampling.LANCZOS)  # uint8 [F, H, W, 3]
-        if missing:
-            video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
-        return {"video": video}
 
     # -- noise steps and experts: known before weights are ---------------------------------------------------------
 
@@ -131,49 +110,30 @@ class Wan(FromLatents):
 
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
         self.device, self.dtype = device, dtype
-        self.prompt = self._embed_prompt(cache).to(device, dtype)  # [1, prompt_tokens, D]
+        self.load_schedule()
+        self.text = self.embed_prompt(cache)
         self.vae, *transformers = Wan.skeleton(self, depth)  # a subclass loads what it adds
         self.experts = dict(zip(self.wanted_experts(), transformers, strict=True))
         for folder, model in self.experts.items():
-            keep = tuple(model._keep_in_fp32_modules)
-            load_weights(model, self.checkpoint, folder, device=device, dtype=dtype, keep_fp32=keep)
-        load_weights(self.vae, self.checkpoint, "vae", device=device, dtype=dtype)
-        set_up_vae(self.vae, self.options)
+            self.load_transformer(model, folder)
+        self.load_vae()
         self.blocks = experts.join(self.experts)
-        self.schedule.to(device)
         shape = (1, -1, 1, 1, 1)
         self.latent_mean = torch.tensor(self.vae_config["latents_mean"], device=device).view(shape)
         self.latent_std = torch.tensor(self.vae_config["latents_std"], device=device).view(shape)
 
-    def _prompt_file(self, cache: Path, dtype: torch.dtype) -> Path:
-        return prompt_file(cache, self.checkpoint, self.options["prompt"], self.options["prompt_tokens"], dtype)
+    def load_schedule(self) -> None:
+        self.schedule.to(self.device)
 
-    def _embed_prompt(self, cache: Path) -> Tensor:
-        if self.device.type == "meta":
-            return torch.empty(1, self.options["prompt_tokens"], self.config["text_dim"], device="meta")
-        return cached(self._prompt_file(cache, self.dtype), self._run_text_encoder)["prompt"]
-
-    def text_encoder_bytes(self, cache: Path, dtype: torch.dtype) -> int:
-        from transformers import UMT5Config, UMT5EncoderModel
-
-        if self._prompt_file(cache, dtype).exists():
-            return 0
-        config = UMT5Config.from_dict(self.checkpoint.json("text_encoder/config.json"))
-        encoder = empty_module(lambda: UMT5EncoderModel(config))
-        encoder.tie_weights()
-        return sum(p.numel() for p in encoder.parameters()) * dtype.itemsize
+    def text_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"prompt": ((1, self.options["prompt_tokens"], self.config["text_dim"]), self.dtype)}
 
     @torch.inference_mode()
-    def _run_text_encoder(self) -> dict[str, Tensor]:
+    def run_text_encoders(self) -> dict[str, Tensor]:
         from diffusers import WanPipeline
-        from transformers import AutoTokenizer, UMT5EncoderModel
 
-        folders = [self.checkpoint.folder(name) for name in ("text_encoder", "tokenizer")]
-        with one_line(folders[0]):
-            encoder = UMT5EncoderModel.from_pretrained(folders[0], dtype=self.dtype, use_safetensors=True)
-        with one_line(folders[1]):
-            tokenizer = AutoTokenizer.from_pretrained(folders[1], trust_remote_code=False)
-        text = WanPipeline(tokenizer, encoder.to(self.device), vae=None, scheduler=None)
+        encoder, tokenizer = load_text_encoder(self.checkpoint, self.device, self.dtype, kind=ENCODER)
+        text = WanPipeline(tokenizer, encoder, vae=None, scheduler=None)
         embedding, _ = text.encode_prompt(
             self.options["prompt"],
             do_classifier_free_guidance=False,
@@ -183,19 +143,7 @@ class Wan(FromLatents):
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    def noise_shape(self, plan: Plan) -> tuple[int, ...]:
-        frames, height, width = plan.grid
-        _, patch_height, patch_width = self.config["patch_size"]
-        return (self.vae_config["z_dim"], frames, height * patch_height, width * patch_width)
-
-    def latents(self, inputs: Inputs, plan: Plan) -> Latents:  # "video": [B, Z, T, h, w]
-        # Clip by clip: one clip fills a GPU, and its latents then cannot depend on its neighbours in the batch.
-        return {"video": torch.cat([self._encode_one(video) for video in inputs["video"]])}
-
-    def state(self, latents: Latents, plan: Plan) -> Any:
-        return latents["video"]
-
-    def _encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
+    def encode_one(self, video: Tensor) -> Tensor:  # uint8 [F, H, W, 3] -> [1, Z, T, h, w]
         return self._latents(signed(video, self.dtype), self.dtype)
 
     def _latents(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:  # [1, 3, F, H, W] -> [1, Z, T, h, w] of `dtype`
@@ -213,11 +161,8 @@ class Wan(FromLatents):
             )
             timestep = timestep[:, None].float().expand(-1, tokens)
         experts.use(self.blocks, expert)
-        prompt = self.prompt.expand(len(x), -1, -1)
+        prompt = self.text["prompt"].expand(len(x), -1, -1)
         self.experts[expert](x, timestep, prompt, encoder_hidden_states_image=image, return_dict=False)
-
-    def grid(self, tokens: Tensor, state: Any, plan: Plan) -> Tensor:
-        return tokens.unflatten(1, plan.grid)
 
 
 class WanI2V(Wan):
@@ -230,7 +175,7 @@ class WanI2V(Wan):
 
     def _check_kind(self) -> None:
         root, takes = self.checkpoint.root, self.config["in_channels"]
-        wanted = 2 * self.vae_config["z_dim"] + self.time_stride  # noisy latents, the first frame's, and a mask
+        wanted = 2 * self.vae_config["z_dim"] + self.group  # noisy latents, the first frame's, and a mask
         if takes != wanted:
             raise ValueError(f"{root} is no image-to-video Wan: its transformer takes {takes} channels, not {wanted}")
         if self.config.get("pos_embed_seq_len") is not None:
@@ -290,7 +235,7 @@ class WanI2V(Wan):
         pixels = signed(image, self.dtype)
         rest = pixels.new_zeros(*pixels.shape[:2], frames - 1, *pixels.shape[3:])  # mid-grey, as the pipeline has it
         latents = self._latents(torch.cat([pixels, rest], 2), torch.float32)
-        mask = latents.new_zeros(1, self.time_stride, *latents.shape[2:])
+        mask = latents.new_zeros(1, self.group, *latents.shape[2:])
         mask[:, :, 0] = 1
         return torch.cat([mask, latents], 1).to(self.dtype)
 

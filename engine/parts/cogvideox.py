@@ -15,7 +15,7 @@ from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weight
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import resize, signed
 from spatialprobe.engine.parts.interleave import HALVES, half_frames, halves_for, interleaved_rows, longest
-from spatialprobe.engine.parts.text_encoder import load_text_encoder
+from spatialprobe.engine.parts.text_encoder import T5, encoder_bytes, load_text_encoder
 from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
@@ -209,14 +209,9 @@ class CogVideoXParts(Adapter):
         return cached(self._prompt_file(cache, self.dtype), self._run_text_encoder)["prompt"]
 
     def text_encoder_bytes(self, cache: Path, dtype: torch.dtype) -> int:
-        from transformers import T5Config, T5EncoderModel
-
         if self._prompt_file(cache, dtype).exists():
             return 0
-        config = T5Config.from_dict(self.base.json("text_encoder/config.json"))
-        encoder = empty_module(lambda: T5EncoderModel(config))
-        encoder.tie_weights()
-        return sum(p.numel() for p in encoder.parameters()) * dtype.itemsize
+        return encoder_bytes(self.base, {"text_encoder": T5}, dtype)
 
     @torch.inference_mode()
     def _run_text_encoder(self) -> dict[str, Tensor]:
