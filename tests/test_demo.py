@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shlex
+import subprocess
 from base64 import b64decode
 from html import escape
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo import probes as demo_probes
 from spatialprobe.engine.demo import run as demo
-from spatialprobe.engine.demo.page import principal_colours
+from spatialprobe.engine.demo.page import principal_colours, wrapped
 from spatialprobe.engine.demo.probes import SETTINGS
 from spatialprobe.engine.demo.questions import FORMS, question_section, samples
 from spatialprobe.engine.demo.render import render_clip
@@ -94,6 +96,16 @@ def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path, capsys):
         assert main(["demo", "--out", str(folder)]) == 2
         assert "holds files the demo did not make" in capsys.readouterr().err
         assert (folder / name).read_text() == "mine"
+
+
+def test_long_commands_are_the_same_for_a_shell():
+    flags = [word for i in range(9) for word in ("--set", f"name{i}=[1, 2]")]
+    words = ["engine", "probe", "--labels", "a b/'c'", *flags]
+    said = wrapped(shlex.join(words))
+    assert 2 < len(said.split("\n"))
+    assert max(map(len, said.split("\n"))) < 110
+    printed = subprocess.run(["sh", "-c", "printf '%s\\n' " + said], capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines() == words
 
 
 def test_principal_colours_follow_the_strongest_directions():

@@ -121,8 +121,19 @@ def again(root: Path, shows: Sequence[Showcase], commands: Sequence[str]) -> Htm
         ["engine", "lift", str(root / "scenes"), "--out", f"{lifted}-again"],
         ["engine", "ask", str(lifted), "--out", f"{questions}-again", "--per-clip", str(PER_CLIP)],
     ]
-    lines = [*map(shlex.join, ask), *(show.command for show in shows), *commands, report]
+    lines = map(wrapped, [*map(shlex.join, ask), *(show.command for show in shows), *commands, report])
     return element("pre", "\n\n".join(lines), tabindex=0, role="group", aria_label="Commands that make the same")
+
+
+def wrapped(command: str, width: int = 72) -> str:
+    """The same command for a shell, going on in a new line before the first flag beyond `width` characters."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if word.startswith("--") and len(lines[-1]) > width:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n    ".join(lines)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spatialprobe.engine.presets import FAMILIES
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec
 from spatialprobe.probes.results import Result, read_results
@@ -179,6 +180,6 @@ def _facts(name: str, store: FeatureStore) -> StoreFacts:
         else:
             runs[path.name] = record
     about = runs.pop("about.json", {})
-    if not runs:
+    if not runs and store.spec.family in FAMILIES:  # others, as noise, were not extracted
         missing.append("no run.json: how it was extracted is not recorded")
     return StoreFacts(name, store.spec_hash, store.spec, about, runs, len(store), store.nbytes, tuple(missing))
