@@ -20,6 +20,7 @@ from lifting_scenes import (
 from object_tables import lifted_from_world, table_of_scene
 
 from spatialprobe.engine.demo.scene_files import unproject
+from spatialprobe.engine.lifting.agreement import check_agreement
 from spatialprobe.engine.lifting.boxes import convex_hull, smallest_rectangle, yaw_of
 from spatialprobe.engine.lifting.frame import frame_matrix, lifted_frame
 from spatialprobe.engine.lifting.lift import lift
@@ -184,6 +185,31 @@ def test_stray_points_do_not_move_boxes(clips):
         worst, count = worst_pixels(strayed, of.scene)
         assert worst < MOST_PIXELS
         assert count >= 0.8 * table.complete.sum()
+
+
+def test_depth_that_views_do_not_agree_about_measures_only_what_is_larger(clips):
+    """Each view's depth is off by 1%, smoothly, as a teacher's is: what depth draws out by much is not complete."""
+    counts, off = np.zeros(2, int), []
+    for n, (of, table) in enumerate(clips[:8]):
+        coarse = torch.randn(17, 1, 6, 9, generator=torch.Generator().manual_seed(n))
+        smooth = torch.nn.functional.interpolate(coarse, of.depth.shape[1:], mode="bicubic", align_corners=True)[:, 0]
+        astray = lift_views(of, depth=of.depth * (1 + 0.01 * smooth / smooth.std()).numpy()).table
+        counts += table.complete.sum(), astray.complete.sum()
+        for k, i in enumerate(astray.ids.tolist()):
+            thing = of.scene.objects[i - 1]
+            extent, _, complete, _ = differences(astray, k, truth_of(of.scene, thing))
+            off += (np.abs(extent) / thing.size)[complete].tolist()
+    assert max(off) < 0.25
+    assert np.quantile(off, 0.9) < 0.15
+    assert counts[1] > 0.5 * counts[0]
+
+
+def test_how_far_views_differ_is_measured(clips):
+    of, _ = clips[0]
+    k = np.broadcast_to(of.scene.intrinsic, (17, 3, 3))
+    assert check_agreement(of.depth, k, of.scene.poses) < 1e-4
+    wavering = of.depth * (1 + 0.02 * (np.arange(17) // 2 % 2))[:, None, None]  # every second view looked at
+    assert check_agreement(wavering, k, of.scene.poses) == pytest.approx(0.02, rel=0.02)
 
 
 def test_an_unknown_world_of_unknown_scale():

@@ -28,16 +28,21 @@ def check_units(depth: np.ndarray, poses: np.ndarray, metric: bool) -> None:  # 
         )
 
 
-def check_agreement(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray) -> None:
-    """Raises ClipError if points of one view are not where the next one sees them: units, poses or frames differ."""
+def check_agreement(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray) -> float:
+    """By what share of the depth views differ about one point; 0 where they have none in common.
+
+    Raises ClipError if points of one view are not where the next one sees them: units, poses or frames differ.
+    """
     chosen = np.unique(np.linspace(0, len(depth) - 1, VIEWS).round().astype(int))
     found = [apart(depth, intrinsic, poses, i, j) for i, j in pairwise(chosen)]
     found = [x for x in found if x is not None]
-    if found and np.median(found) > APART:
+    differ = float(np.median(found)) if found else 0.0
+    if differ > APART:
         raise ClipError(
             f"depth and poses do not agree: what one view shows, another has at a depth that differs by "
-            f"{np.median(found):.0%}; are they in one unit, and of the same frames?"
+            f"{differ:.0%}; are they in one unit, and of the same frames?"
         )
+    return differ
 
 
 def apart(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray, i: int, j: int) -> float | None:
@@ -50,8 +55,19 @@ def apart(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray, i: int, j
     there = poses[j, :3, :3].T @ (world - poses[j, :3, 3:])
     pixels = intrinsic[j] @ there[:, there[2] > 0]
     z = pixels[2]
-    at = np.round(pixels[:2] / z).astype(int)
-    inside = ((at >= 0) & (at < np.array([[depth.shape[2]], [depth.shape[1]]]))).all(0)
-    seen = depth[j, at[1, inside], at[0, inside]]
-    ratio = z[inside][seen > 0] / seen[seen > 0]
+    u, v = pixels[:2] / z
+    inside = (u >= 0) & (u < depth.shape[2] - 1) & (v >= 0) & (v < depth.shape[1] - 1)
+    inverse = interpolated(depth[j], u[inside], v[inside])
+    ratio = (z[inside] * inverse)[inverse > 0]
     return float(np.median(np.abs(ratio - 1))) if len(ratio) >= FEWEST else None
+
+
+def interpolated(depth: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:  # float32 [H, W], [P], [P] -> [P]
+    """Inverse depth between four pixels, which is linear on planes; 0 where one of them has none."""
+    left, top = u.astype(int), v.astype(int)
+    corners = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    around = np.stack([depth[top + y, left + x] for y, x in corners]).astype(np.float64)
+    x, y = u - left, v - top
+    weight = np.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x])
+    known = (around > 0).all(0)
+    return np.where(known, (weight / np.where(around > 0, around, 1)).sum(0), 0)

@@ -18,6 +18,7 @@ FACING = 0.8  # cosine between a normal, or a step along a surface, and the dire
 REACH = 1.5  # pixel footprints, or steps along the surface, from an end within which an edge or a face is at it
 FACE_SHARE = 0.2  # of the points at an end, that look that way if it is a face
 SLACK = 0.1  # of the extent, or a pixel: an end that is not known so well was not seen
+ASTRAY = 3.0  # times the difference of two views, by which many views draw an extent out
 WHOLE = 0.8  # of the outline in the view that shows it best: with less, a part may be hidden
 FEWEST, FEWEST_SHARE = 3, 0.002  # edges, or points of a face, that show an end; of the edges also this share
 
@@ -30,12 +31,14 @@ class Seen:
     normals: np.ndarray  # float32 [N, 3] towards the camera, NaN where not known
     broad: np.ndarray  # float32 [B, 3] normals over several pixels, of some of the points
     pixel: np.ndarray  # float32 [N] width of a pixel at the point's distance
+    rays: np.ndarray  # float32 [N, 3] from the camera to the point: along it the point is astray if its depth is wrong
     edges: np.ndarray  # float32 [M, 3] points of the object at its outline
     ends: np.ndarray  # bool [M] whether the object itself ends there
     touches: np.ndarray  # bool [M] whether it ends at another surface
     along: np.ndarray  # float32 [M, 3] a pixel's step on the surface outwards, NaN where not known
     edge_pixel: np.ndarray  # float32 [M]
     whole: float  # share of ends on its outline, in the view that shows most of it
+    differ: float  # share of the depth by which views differ about one point
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def axes_seen(
     its outline there are ends, and no more than a third of them are cut by the image or by something nearer. A part
     that nobody saw may reach in any direction, so no axis is complete where there may be one: if the outline is cut
     in large part in every view, if it is cut at an end that was seen nowhere, or if the object neither stands on
-    anything nor hangs from anything.
+    anything nor hangs from anything. Nor is an axis along which depth is astray by more than a tenth of the extent.
     """
     none = np.zeros(3, bool), low, high
     if seen.whole < WHOLE:
@@ -189,4 +192,6 @@ def axes_seen(
             held |= d == 2 and (here & seen.touches).sum() >= FEWEST
             if not observed[d, e] and (cut or d == 2):
                 return none
-    return observed.all(1) & held, ends[:, 0], ends[:, 1]
+    astray = ASTRAY * seen.differ * np.abs(turned(seen.rays, yaw)).mean(0)
+    known = astray <= SLACK * (high - low)
+    return observed.all(1) & held & known, ends[:, 0], ends[:, 1]

@@ -62,7 +62,7 @@ def lift(
     intrinsic = intrinsic.astype(np.float64)
     world = camera_to_world(extrinsic)
     check_units(depth, world, metric)
-    check_agreement(depth, intrinsic, world)
+    differ = check_agreement(depth, intrinsic, world)
     frame = lifted_frame(*surface_sample(depth, intrinsic, world), world, up)
     poses = frame.matrix @ world
     present = np.zeros(int(masks.max(initial=0)) + 1, bool)
@@ -70,7 +70,7 @@ def lift(
     ids = np.flatnonzero(present[1:]) + 1
     named = np.array([i for i in ids.tolist() if i in names], np.int64)
     sights, maps, samples = look(clip, depth, intrinsic, poses, masks, named, frames, points)
-    seen = gather(sights)
+    seen = gather(sights, differ)
     there = [n for n in range(len(named)) if len(seen[n].points)]
     boxes = [box_of(seen[n]) for n in there]
     table = ObjectTable(
@@ -211,6 +211,7 @@ def see(
         "normals": view.normals(at),
         "broad": view.normals(at, view.broad),
         "pixel": (view.footprint / view.inverse[at]).astype(np.float32),
+        "rays": view.points(at) - view.centre.astype(np.float32),
         "edge_row": edge_rows,
         "edges": view.points(outline.at),
         "ends": outline.ends,
@@ -220,17 +221,18 @@ def see(
     }
 
 
-def gather(sights: Sights) -> list[Seen]:
+def gather(sights: Sights, differ: float) -> list[Seen]:
     """What all views saw, object by object."""
     joined = {name: np.concatenate([part[name] for part in sights.parts]) for name in sights.parts[0]}
     count, split = len(sights.pixels), {}
-    for key, names in (("row", ("points", "normals", "broad", "pixel")), ("edge_row", EDGES)):
+    for key, names in (("row", ("points", "normals", "broad", "pixel", "rays")), ("edge_row", EDGES)):
         order = np.argsort(joined[key], kind="stable")
         stops = np.cumsum(np.bincount(joined[key], minlength=count))[:-1] if count else []
         for name in names:
             split[name] = np.split(joined[name][order], stops)
     return [
-        Seen(**{name: parts[n] for name, parts in split.items()}, whole=best_whole(sights, n)) for n in range(count)
+        Seen(**{name: parts[n] for name, parts in split.items()}, whole=best_whole(sights, n), differ=differ)
+        for n in range(count)
     ]
 
 
