@@ -73,6 +73,7 @@ MARGINS = [
     ("facing_side", (0, 1, 2), lambda x: three(at_angle(x)), 19, 21),
     ("facing_turn", (0, 1, 2), lambda x: three(at_angle(x)), 19, 21),
     ("facing_clock", (0, 1, 2), lambda x: three(at_angle(x)), 42, 41),
+    ("facing_clock", (0, 1, 2), lambda x: three(at_angle(x)), 11, 19),
 ]  # fmt: skip
 
 

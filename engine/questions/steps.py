@@ -177,9 +177,10 @@ def facing_turn(m: Material) -> Found:
 
 
 def facing_clock(m: Material) -> Found:
+    """Not of a third thing that lies where the second does, at 12 o'clock: the question says that already."""
     things, ok, angle = facing(m)
     hours = angle / 30 % 12
-    return at(ok & (np.abs(hours % 1 - 0.5) >= relations.HOUR), things, hours)
+    return at(ok & (np.abs(angle) > 15) & (np.abs(hours % 1 - 0.5) >= relations.HOUR), things, hours)
 
 
 def path_length(m: Material) -> Found:
