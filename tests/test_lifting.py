@@ -339,6 +339,7 @@ def changed(name, value):
         (changed("masks", lambda x: x[1:]), "are not of the depth's shape"),
         (changed("masks", lambda x: x + 70_000), "object ids must be 0 .. 65535"),
         (changed("extrinsic", lambda x: 1.1 * x), "the pose of frame 0 is not rigid: its rotation is off by 0.21"),
+        (changed("extrinsic", lambda x: 1.002 * x), "its rotation is off by 0.004"),
         (changed("extrinsic", lambda x: x * np.array([1, 1, -1])[:, None]), "is not rigid"),
         (changed("intrinsic", lambda x: -x), "focal lengths must be positive"),
         (changed("depth", lambda x: 0 * x), "frame 0 has no depth"),
