@@ -120,7 +120,7 @@ def test_a_batch_changes_values_by_rounding_only(family, clips_path, wan_path, q
 def test_only_the_wanted_work_is_done(clips_path, wan_path, tmp_path, monkeypatch):
     """Per clip: one decode, one VAE encode, and per step the blocks up to the last wanted layer."""
     count = {"decode": 0, "encode": 0, "block": 0}
-    decode, encode, load = pipeline.load_clip, Wan._encode_one, Wan.load
+    decode, encode, load = pipeline.load_clip, Wan.encode_one, Wan.load
 
     def counting(name, fn):
         def wrapped(*args, **kwargs):
@@ -136,7 +136,7 @@ def test_only_the_wanted_work_is_done(clips_path, wan_path, tmp_path, monkeypatc
             block.register_forward_hook(lambda *a: count.update(block=count["block"] + 1))
 
     monkeypatch.setattr(pipeline, "load_clip", counting("decode", decode))
-    monkeypatch.setattr(Wan, "_encode_one", counting("encode", encode))
+    monkeypatch.setattr(Wan, "encode_one", counting("encode", encode))
     monkeypatch.setattr(Wan, "load", load_and_count)
     run_job(job(clips_path, wan_path, tmp_path / "store", steps=[749, 500, 300, 100]))
     assert count == {"decode": 5, "encode": 5, "block": 5 * 4 * 3}
