@@ -59,10 +59,10 @@ def summary(report: Report, root: Path) -> str:
         rate = report.written / timing["seconds"] if timing["seconds"] else 0.0
         peak, plan = timing["peak_memory_bytes"] / 1e9, timing.get("planned_memory_bytes")
         planned = f" (planned {plan / 1e9:.2f} GB)" if plan else ""
-        lines.append(
-            f"{timing['seconds']:.1f} s, {rate:.2f} clips/s, device busy {timing['busy']:.0%}, "
-            f"peak memory {peak:.2f} GB{planned}, batch {report.batch_size}"
-        )
+        busy, batch = f"device busy {timing['busy']:.0%}, ", f", batch {report.batch_size}"
+        if not timing["busy"]:  # as of `engine lift`, which has no device
+            busy = batch = ""
+        lines.append(f"{timing['seconds']:.1f} s, {rate:.2f} clips/s, {busy}peak memory {peak:.2f} GB{planned}{batch}")
         if "compile" in timing:
             lines.append(
                 "compiled {programs} programs in {seconds:.1f} s, {recompiled} of them again for other shapes or "

@@ -23,6 +23,7 @@ from spatialprobe.engine.run import run_job
 from spatialprobe.engine.targets import run as targets
 from spatialprobe.engine.targets.run import map_size, run_targets, unproject
 from spatialprobe.engine.targets.teachers import Maps, open_teacher
+from spatialprobe.engine.timing import DEVICE_STAGES
 from spatialprobe.probes import FeatureLoader
 from spatialprobe.probes.labels import open_labels
 from spatialprobe.probes.sampling import FrameSampling
@@ -123,6 +124,9 @@ def test_targets_are_labels_that_the_readers_read(scenes, teachers, tmp_path):
     out = tmp_path / "targets"
     report, _ = run_targets(Job.from_words(words(scenes, teachers["depth_pro"], out)))
     assert (report.asked, report.written, report.failed) == (2, 2, 0)
+    assert set(DEVICE_STAGES) & set(report.timing["stages"]) == {
+        "blocks"
+    }  # writers' threads do not count as the device
     labels, truth = open_labels(out), open_labels(scenes)
     assert labels.ids() == truth.ids()
     clip_id = labels.ids()[0]

@@ -43,7 +43,7 @@ def make_clip(
         seen, reader = frames_of_rows(rows, length, source["padded"]), ClipReader(ref.id, labels, options, clock)
         reader.look_around(sorted({f for frames in seen for f in frames}))
         means = torch.stack([reader.row(frames, grid) for frames in seen])
-        with clock.host("finish"):
+        with clock.host("pack"):
             features = finish(means, STORE_DTYPES[spec.dtype])
         if not means[..., -2].any():
             raise ClipError("no pixel of its frames has depth (a confidence above 0)")

@@ -242,7 +242,7 @@ def unproject(
 @torch.inference_mode()
 def write(decoded: Decoded, maps: Maps, folder: TargetFolder, clock: Clock) -> None:
     """Makes a clip's file. Raises ClipError for one in which the teacher sees nothing."""
-    with clock.host("finish"):
+    with clock.host("pack"):
         tensors = file_tensors(decoded, maps)
     shown = list(decoded.shown)
     if not tensors["confmaps"][shown].any():
