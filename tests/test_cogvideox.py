@@ -60,14 +60,15 @@ def by_hand(pipe, frames, step, noise):
     """{layer: [N, C]} of one half: what the study does, with the pipeline's own methods."""
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     dtype, config = pipe.transformer.dtype, pipe.transformer.config
-    video = pipe.video_processor.preprocess_video(images, height=SIZE[0], width=SIZE[1]).to(dtype)
+    # Contiguous as ours: with AVX-512 BF16, convolutions round otherwise where channels lie last, as the library has them.
+    video = pipe.video_processor.preprocess_video(images, height=SIZE[0], width=SIZE[1]).to(dtype).contiguous()
     latents = pipe.vae_scaling_factor_image * pipe.vae.encode(video).latent_dist.mean.permute(0, 2, 1, 3, 4)
     if config.patch_size_t:
         latents = torch.cat([latents[:, : latents.shape[1] % config.patch_size_t], latents], 1)
     timestep = pipe.scheduler.timesteps[step][None]
     hidden = pipe.scheduler.add_noise(latents, noise.to(dtype), timestep)
     if config.in_channels == 32:
-        image = pipe.video_processor.preprocess(images[0], height=SIZE[0], width=SIZE[1]).to(dtype)
+        image = pipe.video_processor.preprocess(images[0], height=SIZE[0], width=SIZE[1]).to(dtype).contiguous()
         condition = pipe.vae_scaling_factor_image * pipe.vae.encode(image[:, :, None]).latent_dist.mean
         rest = torch.zeros_like(latents[:, 1:])
         hidden = torch.cat([hidden, torch.cat([condition.permute(0, 2, 1, 3, 4), rest], 1)], 2)
