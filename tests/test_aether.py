@@ -87,7 +87,7 @@ def by_hand(pipe, frames, noise, seed, fps=8, all_frames=False):
     """{layer: [N, C]} of one half: reconstruction in 4 steps, noise on all, features under the first frame."""
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     dtype, scale = pipe.transformer.dtype, pipe.vae_scaling_factor_image
-    # Contiguous as ours: with AVX-512 BF16, convolutions round otherwise where channels lie last, as the library has them.
+    # Contiguous as ours: with AVX-512 BF16, convolutions round otherwise where channels lie last, as in the library.
     video = pipe.video_processor.preprocess_video(images, height=SIZE[0], width=SIZE[1]).to(dtype).contiguous()
     latents = scale * pipe.vae.encode(video).latent_dist.mean.permute(0, 2, 1, 3, 4)
     image = pipe.video_processor.preprocess(images[0], height=SIZE[0], width=SIZE[1]).to(dtype).contiguous()

@@ -60,7 +60,7 @@ def by_hand(pipe, frames, step, noise):
     """{layer: [N, C]} of one half: what the study does, with the pipeline's own methods."""
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     dtype, config = pipe.transformer.dtype, pipe.transformer.config
-    # Contiguous as ours: with AVX-512 BF16, convolutions round otherwise where channels lie last, as the library has them.
+    # Contiguous as ours: with AVX-512 BF16, convolutions round otherwise where channels lie last, as in the library.
     video = pipe.video_processor.preprocess_video(images, height=SIZE[0], width=SIZE[1]).to(dtype).contiguous()
     latents = pipe.vae_scaling_factor_image * pipe.vae.encode(video).latent_dist.mean.permute(0, 2, 1, 3, 4)
     if config.patch_size_t:
