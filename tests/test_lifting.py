@@ -25,6 +25,7 @@ from spatialprobe.engine.lifting.boxes import convex_hull, smallest_rectangle, y
 from spatialprobe.engine.lifting.frame import frame_matrix, lifted_frame
 from spatialprobe.engine.lifting.lift import lift
 from spatialprobe.engine.lifting.outline import outline_of, view_of
+from spatialprobe.engine.questions.views import seen_well
 from spatialprobe.engine.types import ClipError
 
 # An end is between the object's last pixel and the next one, on a slanted surface a step of several pixels; of a step
@@ -202,6 +203,27 @@ def test_depth_that_views_do_not_agree_about_measures_only_what_is_larger(clips)
     assert max(off) < 0.25
     assert np.quantile(off, 0.9) < 0.15
     assert counts[1] > 0.5 * counts[0]
+
+
+def test_blurred_outlines_are_of_no_surface(clips):
+    """Depth blurred by a deviation of 1.5 pixels, as a teacher's is: ramps between surfaces are on neither."""
+    kernel = np.exp(-((np.arange(-6, 7) / 1.5) ** 2) / 2)
+    kernel = torch.from_numpy(kernel / kernel.sum()).float()
+    axes, off, far = np.zeros(2, int), [], []
+    for of, table in clips[:8]:
+        padded = torch.nn.functional.pad(torch.from_numpy(of.depth)[:, None], (6, 6, 6, 6), mode="replicate")
+        rows = torch.nn.functional.conv2d(padded, kernel.reshape(1, 1, 1, 13))
+        blurry = lift_views(of, depth=torch.nn.functional.conv2d(rows, kernel.reshape(1, 1, 13, 1))[:, 0].numpy()).table
+        axes += table.complete.sum(), blurry.complete.sum()
+        for k, i in enumerate(blurry.ids.tolist()):
+            thing = of.scene.objects[i - 1]
+            extent, _, complete, _ = differences(blurry, k, truth_of(of.scene, thing))
+            off += (np.abs(extent) / thing.size)[complete].tolist()
+            exact, known = table.nearest[table.ids == i][0], seen_well(blurry)[k]
+            far += (blurry.nearest[k][known] / exact[known] - 1).tolist()
+    assert np.quantile(off, 0.9) < 0.1
+    assert axes[1] > 0.4 * axes[0]
+    assert np.mean(np.abs(far) < 0.05) > 0.98
 
 
 def test_how_far_views_differ_is_measured(clips):

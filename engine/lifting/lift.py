@@ -257,7 +257,7 @@ def point_map(depth: np.ndarray, view: View, out: Tensor) -> None:  # [H, W] -> 
 
 def sample(view: View, seed: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # int64 [K, 2], float64 [K, 3], [K]
     """K pixels whose neighbours, and theirs, are on their surface; drawn by `seed`. Where none is, any with depth."""
-    inner = view.joined == 15
+    inner = (view.joined == 15) & view.solid
     for step in (1, view.stride):
         inner[step:-step] &= inner[: -2 * step] & inner[2 * step :]
     chosen = np.flatnonzero(inner)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from spatialprobe.engine.lifting.blur import blurred
+
 STEEP = 8.0  # tangent of the angle to the ray beyond which neighbouring pixels count as two surfaces: 83 degrees
 NEARER = 0.01  # of the depth: a neighbour is in front only by more, since depth is that uncertain
 TOUCHING = 0.02  # of the depth: a neighbour is at the object's surface, followed to it, if no farther behind
@@ -24,7 +26,7 @@ class View:
     objects: np.ndarray  # int32 [P] id at each pixel, 0 for none, -1 outside the image
     inverse: np.ndarray  # float32 [P] 1 / depth, 0 where it is not known
     joined: np.ndarray  # uint8 [P] bit 0: one surface with the pixel to the right, 1: left, 2: below, 3: above
-    solid: np.ndarray  # bool [P] at least SUPPORT of 4 neighbours are on its surface
+    solid: np.ndarray  # bool [P] at least SUPPORT of 4 neighbours are on its surface, and its depth is not blurred
     camera: np.ndarray  # float64 [3, 3] intrinsic inverse
     turn: np.ndarray  # float64 [3, 3] camera to lifted frame
     centre: np.ndarray  # float64 [3]
@@ -109,13 +111,15 @@ def view_of(
         same &= inverse[b] > 0
         joined[a] |= same.view(np.uint8) << np.uint8(bit)
         joined[b] |= same.view(np.uint8) << np.uint8(bit + 1)
+    blurry = np.zeros(framed.shape, bool)
+    blurry[inside] = blurred(inverse[inside], objects, (camera[0, 0], camera[1, 1]))
     neighbours = np.array([bin(bits).count("1") for bits in range(16)], np.uint8)
     return View(
         (height, width),
         framed.ravel(),
         inverse.ravel(),
         joined.ravel(),
-        (neighbours[joined] >= SUPPORT).ravel(),
+        ((neighbours[joined] >= SUPPORT) & ~blurry).ravel(),
         camera,
         pose[:3, :3],
         pose[:3, 3],
