@@ -122,7 +122,7 @@ def train(
         "task": task.name,
         "probes": [asdict(config) for config in configs],
         "sources": [source.spec_hash for source in sources],
-        "labels": str(Path(labels.root).absolute()),
+        "labels": str(Path(labels.root).resolve()),
         "train_clips": len(loader.ids),
         "val_ids": val_ids,
         "classes": class_names(task, labels),

@@ -99,7 +99,7 @@ def points_spec(
     """`like` is in it by its hash, which stands for the rows and the grid; the labels are by their place."""
     return FeatureSpec(
         family="points",
-        weights=f"labels:{Path(labels.root).absolute()}",
+        weights=f"labels:{Path(labels.root).resolve()}",
         layers=(LAYER,),
         frames=like.frames,
         pool=like.pool,

@@ -115,7 +115,7 @@ class Study:
     @property
     def data(self) -> dict[str, Any]:
         """What clips and labels are known by, beside their ids."""
-        places = {"clips": str(Path(self.words["clips"]).absolute()), "labels": str(self.labels.root.absolute())}
+        places = {"clips": str(Path(self.words["clips"]).resolve()), "labels": str(self.labels.root.resolve())}
         return places | {"classes": len(self.labels.class_names)}
 
     @property
