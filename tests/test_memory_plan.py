@@ -115,6 +115,17 @@ def test_more_clips_deeper_layers_and_larger_frames_need_more(paths, tmp_path):
     assert tiled.encode < whole.encode  # tiles are 256 pixels wide
 
 
+@pytest.mark.parametrize("family", ["hunyuan_video", "ltx", "mochi", "cosmos"])
+def test_a_tiled_vae_needs_less(family, paths, tmp_path):
+    """Of frames that are more than one tile: tiles are up to 512 pixels wide."""
+
+    def encode(tiled: bool) -> int:
+        found = resolved(paths, family, tmp_path, options={"size": "128x1024", "vae_tiling": tiled})
+        return plan_memory(found.adapter, found.spec, found.depth, 1, 9, tmp_path).encode
+
+    assert encode(True) < 0.9 * encode(False)
+
+
 def test_linear_layers_in_fp8_take_half(paths, tmp_path):
     found = resolved(paths, "wan", tmp_path, compute_dtype="bfloat16")
     full, fp8 = (

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.images import signed
-from spatialprobe.engine.parts.euler_schedule import NUM_STEPS, euler_scheduler
+from spatialprobe.engine.parts.euler_schedule import euler_scheduler
 from spatialprobe.engine.parts.text_encoder import load_text_encoder
 from spatialprobe.engine.parts.vae import CHANNELS_LAST
-from spatialprobe.engine.parts.video_diffusion import VideoDiffusion
+from spatialprobe.engine.parts.video_diffusion import NUM_STEPS, VideoDiffusion
 
 NOISE_THRESHOLD = 0.025  # MochiPipeline's: the first half of the steps takes this much of the noise away
 

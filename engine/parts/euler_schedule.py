@@ -6,8 +6,6 @@ from typing import Any
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.configs import check_fields
 
-NUM_STEPS = 1000  # steps index the schedule of this many
-
 
 def euler_scheduler(checkpoint: Checkpoint, *, harmless: Collection[str] = ()) -> Any:
     """The checkpoint's FlowMatchEulerDiscreteScheduler, its steps not yet set.
