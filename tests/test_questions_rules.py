@@ -56,6 +56,7 @@ MARGINS = [
     ("reaches_higher", (1, 0), lambda x: two((1, 4, 0.2 + x)), 0.19, 0.23),
     ("vertical_distance", (0, 1), lambda x: two((1, 4, 0.2 + x)), 0.039, 0.041),
     ("clock", (0, 1), lambda x: two((-0.5 + np.sin(x * np.pi / 6), 4 + np.cos(x * np.pi / 6), 0.2)), 1.42, 1.39),
+    ("clock", (0, 1), lambda x: two((-0.5 + x, 4, 0.2)), 0.19, 0.21),  # half of .4 m
     ("bearing", (0,), lambda x: table_of_boxes([(4 * np.tan(np.radians(x)), 4, 0.2)], [CUBE]), 4.9, 5.1),
     ("image_third", (0,), lambda x: table_of_boxes([(4 * (160 * x - 80) / 104, 4, 0.2)], [CUBE]), 0.36, 0.37),
     ("in_order", (0, 1, 2), lambda x: table_of_boxes(
@@ -169,6 +170,17 @@ def test_a_rolled_camera_changes_no_answer_but_withholds_some():
                 assert same.keys() <= before.keys()
                 assert all(np.allclose(same[key], before[key]) for key in same)
     assert fewer > 100
+
+
+def test_what_is_in_front_is_so_along_the_floor_and_along_the_view():
+    """A camera that looks down by 40 degrees: what is higher up is nearer along its view, though farther on."""
+    c, s = np.cos(np.radians(40)), np.sin(np.radians(40))
+    down = np.array([[1, 0, 0, 0], [0, c, s, 0], [0, -s, c, 0], [0, 0, 0, 1.0]])
+    for height, kept in ((0.2, True), (1.8, False)):
+        table = two((-0.5, 4.8, height))
+        table = replace(table, poses=table.poses @ down)
+        assert table.poses[0, 2, 2] == pytest.approx(-s)
+        assert ((0, 0, 1) in found(table, "front_behind")) == kept
 
 
 WORD_FLIPS = {"left_right", "left_right_there", "east_west", "camera_turned", "facing_side", "image_third"}
