@@ -37,6 +37,13 @@ def three(third, *, base=2.0, size=CUBE):
     return table_of_boxes([(-base / 2, 4, 0.2), (base / 2, 4, 0.2), third], [CUBE, CUBE, size])
 
 
+def points(*places):
+    table, k = two((1, 4, 0.2)), len(places)
+    pixels, ids = table.sample_pixels[:, :1].repeat(k, 1), table.sample_ids[:, :1].repeat(k, 1)
+    at = np.broadcast_to(np.array(places, float), (len(table.frames), k, 3))
+    return replace(table, sample_pixels=pixels, sample_points=at, sample_ids=ids)
+
+
 def at_angle(degrees: float, reach: float = 2.0) -> tuple[float, float, float]:
     """Seen from the first of `three`, so far to the left of the second."""
     return -1 + reach * np.cos(np.radians(degrees)), 4 + reach * np.sin(np.radians(degrees)), 0.2
@@ -57,6 +64,8 @@ MARGINS = [
     ("vertical_distance", (0, 1), lambda x: two((1, 4, 0.2 + x)), 0.039, 0.041),
     ("clock", (0, 1), lambda x: two((-0.5 + np.sin(x * np.pi / 6), 4 + np.cos(x * np.pi / 6), 0.2)), 1.42, 1.39),
     ("clock", (0, 1), lambda x: two((-0.5 + x, 4, 0.2)), 0.19, 0.21),  # half of .4 m
+    ("position", (0,), lambda x: table_of_boxes([(1, x, 0.2)], [CUBE]), -0.1, 0.1),  # behind, ahead
+    ("points_apart", (0, 1), lambda x: points((0, 4, 1.5), (x, 4, 1.5)), 0.19, 0.21),  # 5% of 4 m
     ("bearing", (0,), lambda x: table_of_boxes([(4 * np.tan(np.radians(x)), 4, 0.2)], [CUBE]), 4.9, 5.1),
     ("image_third", (0,), lambda x: table_of_boxes([(4 * (160 * x - 80) / 104, 4, 0.2)], [CUBE]), 0.36, 0.37),
     ("in_order", (0, 1, 2), lambda x: table_of_boxes(
