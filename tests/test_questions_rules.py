@@ -76,6 +76,7 @@ MARGINS = [
         [(0, 3, 1.5), (0, 6, 1.5), (0, 7, 1.5), (0, 3 * x, 1.5)], [CUBE] * 4), 1.09, 1.11),
     ("between", (2, 0, 1), lambda x: three((0.1, 4 + x, 0.2)), 0.32, 0.28),  # 15% of 2 m sideways
     ("between", (2, 0, 1), lambda x: three((0.1, 4 + x, 0.2)), 0.78, 0.82),  # 40%
+    ("between", (2, 0, 1), lambda x: three((1 + x, 4, 0.2)), 0.19, 0.21),  # 10% of 2 m beyond an end
     ("equilateral", (0, 1, 2), lambda x: three((0, 4 + x, 0.2)), 2.15, 2.05),  # sides of 2 and up to 2.3 m
     ("equilateral", (0, 1, 2), lambda x: three((0, 4 + x, 0.2)), 2.6, 2.63),  # 2.8 m
     ("fits_between", (2, 0, 1), lambda x: three((0, 8, 0.2), base=0.4 + x), 0.45, 0.47),  # a gap of x for .4 m
