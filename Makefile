@@ -1,6 +1,6 @@
 # make demo   render scenes, ask about them, build tiny models, extract, train probes, write demo/index.html (2 minutes)
 # make test   all tests that need no GPU
-# make bench  extract, streaming (9 GB of disk, given back), probes, kernels, models at
+# make bench  extract, streaming (9 GB of disk, given back), probes, lifting and questions, kernels, models at
 #             their published sizes on a GPU (without one a check), and the grouping against its peers;
 #             RECORD=--record writes benchmarks/results
 # make lint   ruff; make sanitize: the C++ under address, undefined-behaviour and thread sanitizers; make clean
@@ -15,7 +15,7 @@ demo: .venv/installed
 	.venv/bin/engine demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: .venv/installed
 	$(PIP) --editable .[bench] --no-build-isolation
