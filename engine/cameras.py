@@ -1,4 +1,5 @@
-"""Intrinsics of images of one size for images of another; whole pixel coordinates are pixel centres."""
+"""Cameras as matrices: intrinsics of images of another size, and points of depth. Whole pixel coordinates are pixel
+centres."""
 
 import torch
 from torch import Tensor
@@ -23,3 +24,20 @@ def resized_intrinsic(intrinsic: Tensor, of: tuple[int, int], to: tuple[int, int
         scale = to[1 - axis] / of[1 - axis]
         resizing[axis, axis], resizing[axis, 2] = scale, 0.5 * scale - 0.5
     return resizing @ intrinsic
+
+
+def unproject(
+    depth: Tensor,  # [F, H, W]
+    extrinsic: Tensor,  # [F, 3, 4] world-to-camera
+    intrinsic: Tensor,  # [F, 3, 3] pixels
+) -> Tensor:  # float32 [F, H, W, 3]
+    """World points of depth maps."""
+    height, width = depth.shape[1:]
+    v, u = torch.arange(height).double()[:, None, None], torch.arange(width).double()[:, None]
+    points = torch.empty(*depth.shape, 3)
+    for f, (distance, camera) in enumerate(zip(depth, extrinsic.double(), strict=True)):  # all at once would be GB
+        turn, move = camera[:, :3].T, camera[:, 3]
+        rays = turn @ intrinsic[f].double().inverse()  # x_world = turn (K^-1 [u v 1] depth - move)
+        directions = u * rays[:, 0] + v * rays[:, 1] + rays[:, 2]  # [H, W, 3]
+        points[f] = directions * distance[..., None].double() - turn @ move
+    return points

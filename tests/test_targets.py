@@ -13,6 +13,7 @@ from transformers import AutoModelForDepthEstimation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
 
+from spatialprobe.engine.cameras import unproject
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
@@ -21,7 +22,7 @@ from spatialprobe.engine.demo.tiny.teachers import PROCESSORS, build_teacher
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.targets import run as targets
-from spatialprobe.engine.targets.run import map_size, run_targets, unproject
+from spatialprobe.engine.targets.run import map_size, run_targets
 from spatialprobe.engine.targets.teachers import Maps, open_teacher
 from spatialprobe.engine.timing import DEVICE_STAGES
 from spatialprobe.probes import FeatureLoader

@@ -4,7 +4,7 @@ It knows nothing of files and datasets. Depth 0 is no depth; an object id that h
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.lifting.agreement import check_agreement, check_units
-from spatialprobe.engine.lifting.boxes import Seen, box_of
+from spatialprobe.engine.lifting.boxes import Box, Seen, box_of
 from spatialprobe.engine.lifting.frame import lifted_frame, surface_sample
 from spatialprobe.engine.lifting.objects import ObjectTable
 from spatialprobe.engine.lifting.outline import Outline, View, outline_of, view_of
@@ -84,24 +84,22 @@ def lift(
         poses=poses,
         intrinsic=intrinsic,
         ids=named[there],
-        centre=np.array([box.centre for box in boxes]).reshape(-1, 3),
-        extent=np.array([box.extent for box in boxes]).reshape(-1, 3),
-        yaw=np.array([box.yaw for box in boxes], float),
-        complete=np.array([box.complete for box in boxes], bool).reshape(-1, 3),
-        pixels=sights.pixels[there],
-        whole=sights.whole[there],
-        nearest=sights.nearest[there],
-        box=sights.box[there],
-        sample_pixels=np.stack([sample[0] for sample in samples]),
-        sample_points=np.stack([sample[1] for sample in samples]),
-        sample_ids=np.stack([sample[2] for sample in samples]),
+        **box_columns(boxes),
+        **{name: getattr(sights, name)[there] for name in ("pixels", "whole", "nearest", "box")},
+        **samples,
     )
-    return Lifted(
-        table,
-        maps,
-        sorted(set(named.tolist()) - set(named[there].tolist())),
-        sorted(set(ids.tolist()) - set(named.tolist())),
-    )
+    unseen, unnamed = set(named.tolist()) - set(table.ids.tolist()), set(ids.tolist()) - set(named.tolist())
+    return Lifted(table, maps, sorted(unseen), sorted(unnamed))
+
+
+def box_columns(boxes: Sequence[Box]) -> dict[str, np.ndarray]:
+    """Boxes as the arrays of an ObjectTable."""
+    return {
+        "centre": np.array([box.centre for box in boxes]).reshape(-1, 3),
+        "extent": np.array([box.extent for box in boxes]).reshape(-1, 3),
+        "yaw": np.array([box.yaw for box in boxes], float),
+        "complete": np.array([box.complete for box in boxes], bool).reshape(-1, 3),
+    }
 
 
 def check(
@@ -146,8 +144,8 @@ def look(
     ids: np.ndarray,  # [N] objects of the table
     frames: np.ndarray,
     dtype: torch.dtype | None,
-) -> tuple[Sights, Tensor | None, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """What each view saw of the objects, its point map, and its sampled pixels, points and ids."""
+) -> tuple[Sights, Tensor | None, dict[str, np.ndarray]]:
+    """What each view saw of the objects, its point map, and its sampled pixels, points and ids by name."""
     shape = len(ids), len(depth)
     sights = Sights(
         np.zeros(shape, np.int64), np.zeros(shape), np.full(shape, np.inf), np.full((*shape, 4), np.nan),
@@ -164,7 +162,8 @@ def look(
             point_map(depth[f], view, maps[f])
     if maps is not None and not fits(depth, intrinsic, poses, torch.finfo(dtype).max) and maps.isinf().any():
         raise ClipError(f"points do not fit into {dtype}: say --points float32")
-    return sights, maps, samples
+    columns = (np.stack(column) for column in zip(*samples, strict=True))
+    return sights, maps, dict(zip(("sample_pixels", "sample_points", "sample_ids"), columns, strict=True))
 
 
 def fits(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray, most: float) -> bool:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spatialprobe.engine.cameras import check_centre, resized_intrinsic
+from spatialprobe.engine.cameras import check_centre, resized_intrinsic, unproject
 from spatialprobe.engine.decode import describe_cut, load_clip, window_cut
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.images import resize
@@ -220,23 +220,6 @@ def centred_camera(focal: Tensor, size: Size) -> Tensor:  # [F] -> [F, 3, 3]
     intrinsic[:, 0, 0] = intrinsic[:, 1, 1] = focal
     intrinsic[:, 0, 2], intrinsic[:, 1, 2] = (size[1] - 1) / 2, (size[0] - 1) / 2
     return intrinsic
-
-
-def unproject(
-    depth: Tensor,  # [F, H, W]
-    extrinsic: Tensor,  # [F, 3, 4] world-to-camera
-    intrinsic: Tensor,  # [F, 3, 3] pixels
-) -> Tensor:  # float32 [F, H, W, 3]
-    """World points of depth maps."""
-    height, width = depth.shape[1:]
-    v, u = torch.arange(height).double()[:, None, None], torch.arange(width).double()[:, None]
-    points = torch.empty(*depth.shape, 3)
-    for f, (distance, camera) in enumerate(zip(depth, extrinsic.double(), strict=True)):  # all at once would be GB
-        turn, move = camera[:, :3].T, camera[:, 3]
-        rays = turn @ intrinsic[f].double().inverse()  # x_world = turn (K^-1 [u v 1] depth - move)
-        directions = u * rays[:, 0] + v * rays[:, 1] + rays[:, 2]  # [H, W, 3]
-        points[f] = directions * distance[..., None].double() - turn @ move
-    return points
 
 
 @torch.inference_mode()

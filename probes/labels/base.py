@@ -232,7 +232,7 @@ def read_images(ref: ClipRef, frames: list[int]) -> Tensor:  # uint8 [S, 3, H, W
     return images[[needed.index(f) for f in frames]]
 
 
-def world_to_camera(pose: Tensor) -> Tensor:  # camera-to-world [S, 4, 4] -> float32 [S, 3, 4]
-    """The inverse of rigid poses, computed in float64."""
+def world_to_camera(pose: Tensor) -> Tensor:  # camera-to-world [S, 4, 4] -> float64 [S, 3, 4]
+    """The inverse of rigid poses."""
     turn, centre = pose[:, :3, :3].double().mT, pose[:, :3, 3:].double()
-    return torch.cat([turn, -turn @ centre], dim=2).float()
+    return torch.cat([turn, -turn @ centre], dim=2)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spatialprobe.engine.cameras import unproject
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, NO_TAG
 from spatialprobe.engine.types import ClipRef
 from spatialprobe.probes.labels.base import Labels, TensorFile, read_images, read_names, world_to_camera
@@ -48,15 +49,15 @@ class DemoLabels(Labels):
             read["depth"] = file.frames("depth", frames)
             read["confidence"] = torch.ones_like(read["depth"])
         if {"extrinsic", "points"} & set(wanted):
-            poses = file.frames("poses", frames)
-            read["extrinsic"] = world_to_camera(poses)
+            extrinsic = world_to_camera(file.frames("poses", frames))
+            read["extrinsic"] = extrinsic.float()
         if {"intrinsic", "points"} & set(wanted):
             intrinsic = file.whole("intrinsic")
             if intrinsic.shape != (3, 3) or not intrinsic.diagonal().min() > 0:
                 raise ValueError(f"intrinsic must be [3, 3] with positive focal lengths, got {intrinsic.tolist()}")
             read["intrinsic"] = intrinsic.float().expand(len(frames), 3, 3)
         if "points" in wanted:
-            read["points"] = unproject(read["depth"], intrinsic, poses)
+            read["points"] = unproject(read["depth"], extrinsic, intrinsic.expand(len(frames), 3, 3))
         if "images" in wanted:
             read["images"] = self._images(path, frames)
         return read
@@ -66,16 +67,3 @@ class DemoLabels(Labels):
         video = self.root / "videos" / f"{clip_id}.mp4"
         source = video if video.exists() else self.root / "images" / clip_id
         return read_images(ClipRef(clip_id, str(source)), frames)
-
-
-def unproject(
-    depth: Tensor,  # float32 [S, H, W]
-    intrinsic: Tensor,  # float64 [3, 3] pixels
-    poses: Tensor,  # float64 [S, 4, 4] camera-to-world
-) -> Tensor:  # float32 [S, H, W, 3] world
-    """World points of depth images."""
-    height, width = depth.shape[1:]
-    v, u = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
-    rays = torch.stack([u, v, torch.ones_like(u)], dim=-1) @ intrinsic.inverse().mT  # [H, W, 3]
-    turned = torch.einsum("sij,hwj->shwi", poses[:, :3, :3], rays)
-    return (turned * depth[..., None] + poses[:, None, None, :3, 3]).float()

@@ -81,7 +81,7 @@ class ScanNetLabels(Labels):
             poses = torch.from_numpy(read_array(path / "poses.npy", frames, "float32"))
             if poses.shape[1:] != (4, 4):
                 raise ValueError(f"poses.npy must be [F, 4, 4], got [F, {', '.join(map(str, poses.shape[1:]))}]")
-            read["extrinsic"] = world_to_camera(poses)
+            read["extrinsic"] = world_to_camera(poses).float()
         if "intrinsic" in wanted:
             read["intrinsic"] = self._intrinsic(path).expand(len(frames), 3, 3)
         if "images" in wanted:
