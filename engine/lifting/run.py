@@ -2,8 +2,6 @@
 writer threads store; at most a few clips are in memory."""
 
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,13 +12,13 @@ import numpy as np
 import torch
 
 from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.each_clip import Lost, each_clip
 from spatialprobe.engine.job import select_shard
 from spatialprobe.engine.lifting.folder import POINT_DTYPES, LiftFolder, LiftSpec, file_tensors, table_words
 from spatialprobe.engine.lifting.lift import Lifted, lift
 from spatialprobe.engine.lifting.reading import Arrays, Source, Sources, read_arrays
 from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.queues import Behind, ahead
-from spatialprobe.engine.report import Outcomes, Progress, Report
+from spatialprobe.engine.report import Report
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import ClipError, ClipRef, parse_query
 
@@ -74,7 +72,18 @@ def run_lift(data: Source, depth: Source | None, job: LiftJob, *, retry_failed: 
         refs = [ref for ref in refs if ref.id in failed]
     folder, started = LiftFolder(out, spec), datetime.now(UTC)
     with RunLog(out / "log.jsonl", total=len(refs)) as log:
-        report = lift_clips(refs, sources, folder, loaders=job.loaders, writers=job.writers, progress=log.clip)
+        clock = Clock(torch.device("cpu"))
+        report = each_clip(
+            refs,
+            folder,
+            lambda ref: make(ref, sources, spec, clock),
+            lambda ref, made: write(ref.id, made, folder, clock),
+            clock=clock,
+            loaders=job.loaders,
+            writers=job.writers,
+            behind=job.writers,
+            progress=log.clip,
+        )
     record = {"started": started.isoformat(timespec="seconds"), "job": asdict(job)} | asdict(report)
     try:
         folder.record_report(job.shard, record)
@@ -113,44 +122,7 @@ def read_name_file(path: Path) -> dict[str, dict[int, str]]:
         raise ValueError(f"{path} must hold names as {{clip: {{id: name}}}}: {error}") from error
 
 
-def lift_clips(
-    refs: Sequence[ClipRef],
-    sources: Sources,
-    folder: LiftFolder,
-    *,
-    loaders: int = 2,
-    writers: int = 2,
-    progress: Progress = lambda clip_id, outcome, reason: None,
-) -> Report:
-    """Lifts every clip of `refs` that `folder` lacks. What cannot be lifted is in `failed.jsonl`; the run goes on."""
-    clock, done = Clock(torch.device("cpu")), set(folder.ids())
-    todo = [ref for ref in refs if ref.id not in done]
-    outcomes = Outcomes(Report(asked=len(refs), present=len(refs) - len(todo), batch_size=1), folder, progress)
-    loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
-    writes = Behind(writing, writers, outcomes.settle_write)
-    try:
-        arriving = ahead(loading, lambda ref: make(ref, sources, folder.spec, clock), todo, loaders + 1)
-        for ref, made in zip(todo, clock.waiting("wait for loaders", arriving), strict=True):
-            if isinstance(made, Made):
-                writes.put(ref, write, ref.id, made, folder, clock)
-            else:
-                outcomes.unreadable(ref, *made)
-            writes.wait()
-        writes.wait(0)
-    except KeyboardInterrupt:
-        outcomes.report.interrupted = True
-        writes.wait(0)
-    except (StoreFull, MemoryError) as error:
-        outcomes.report.stopped = str(error).splitlines()[0]
-        writes.settle_rest()
-    finally:
-        loading.shutdown(cancel_futures=True)
-        writing.shutdown()
-    outcomes.report.timing = clock.summary()
-    return outcomes.report
-
-
-def make(ref: ClipRef, sources: Sources, spec: LiftSpec, clock: Clock) -> Made | tuple[str, ClipError]:
+def make(ref: ClipRef, sources: Sources, spec: LiftSpec, clock: Clock) -> Made | Lost:
     """A lifted clip, or in which stage what went wrong."""
     stage = "read"
     try:
@@ -173,8 +145,7 @@ def make(ref: ClipRef, sources: Sources, spec: LiftSpec, clock: Clock) -> Made |
         if not lifted.table.tags:
             raise ClipError(f"none of its objects {', '.join(map(str, lifted.unseen))} has a surface")
     except (ClipError, ValueError, OSError) as error:
-        wrong = error if isinstance(error, ClipError) else ClipError(str(error).splitlines()[0])
-        return stage, wrong
+        return Lost.by(stage, error)
     return Made(arrays, lifted)
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spatialprobe.engine.each_clip import Lost
 from spatialprobe.engine.pointmaps.encode import PointSums, check_rigid, sum_frame, to_camera, token_shares
 from spatialprobe.engine.pointmaps.options import LAYER, PointLabels, PointOptions
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.timing import Clock
-from spatialprobe.engine.types import STORE_DTYPES, ClipError, ClipRef, FeatureSpec, tensor_name
+from spatialprobe.engine.types import STORE_DTYPES, ClipError, FeatureSpec, tensor_name
 from spatialprobe.kernels.pool_features import Finished, finish
 
 Grid = tuple[tuple[int, int], tuple[int, int]]  # of rows, then of columns: the model's tokens, and those stored
@@ -24,23 +25,22 @@ Grid = tuple[tuple[int, int], tuple[int, int]]  # of rows, then of columns: the 
 
 @dataclass
 class ClipPoints:
-    ref: ClipRef
     features: Finished  # [T, H, W, C]
     rows: Tensor  # int64 [F], as in the store that the points are like
     provenance: dict[str, Any]
 
 
 def make_clip(
-    ref: ClipRef, labels: PointLabels, like: FeatureStore, spec: FeatureSpec, options: PointOptions, clock: Clock
-) -> ClipPoints | tuple[ClipRef, str, ClipError]:
+    clip_id: str, labels: PointLabels, like: FeatureStore, spec: FeatureSpec, options: PointOptions, clock: Clock
+) -> ClipPoints | Lost:
     """A clip's points for every row of `like`, or what is wrong with it."""
     stage = "features"
     try:
-        with like.open_clip(ref.id) as clip:
+        with like.open_clip(clip_id) as clip:
             rows, (length, height, width, _) = clip.rows, clip.shape(like.spec.tensors()[0])
-        source = like.provenance(ref.id)
+        source = like.provenance(clip_id)
         grid, stage = ((source["grid"][1], height), (source["grid"][2], width)), "labels"
-        seen, reader = frames_of_rows(rows, length, source["padded"]), ClipReader(ref.id, labels, options, clock)
+        seen, reader = frames_of_rows(rows, length, source["padded"]), ClipReader(clip_id, labels, options, clock)
         reader.look_around(sorted({f for frames in seen for f in frames}))
         means = torch.stack([reader.row(frames, grid) for frames in seen])
         with clock.host("pack"):
@@ -50,10 +50,10 @@ def make_clip(
         if not features.mean.isfinite().all():
             raise ClipError(f"its points reach {float(features.peak.max()):.6g}, more than {spec.dtype} holds")
     except (ValueError, OSError) as error:
-        return ref, stage, error if isinstance(error, ClipError) else ClipError(str(error).splitlines()[0])
+        return Lost.by(stage, error)
     provenance = {name: source[name] for name in ("index", "padded", "grid", "rows_kept") if name in source}
     provenance |= {"unit": reader.unit, "valid": round(float(means[..., -2].mean()), 6)}
-    return ClipPoints(ref, features, torch.tensor(rows), provenance | {"labels_read": reader.digest.hexdigest()})
+    return ClipPoints(features, torch.tensor(rows), provenance | {"labels_read": reader.digest.hexdigest()})
 
 
 def frames_of_rows(rows: Sequence[int], length: int, padded: int | None) -> list[list[int]]:
@@ -117,7 +117,7 @@ class ClipReader:
         return {name: x[0] for name, x in read.items()}
 
 
-def write(made: ClipPoints, store: FeatureStore, clock: Clock) -> None:
+def write(clip_id: str, made: ClipPoints, store: FeatureStore, clock: Clock) -> None:
     with clock.host("write"):
-        nbytes = store.write(made.ref.id, made.features.named(tensor_name(LAYER)), made.rows, made.provenance)
+        nbytes = store.write(clip_id, made.features.named(tensor_name(LAYER)), made.rows, made.provenance)
     clock.add("write", nbytes=nbytes)

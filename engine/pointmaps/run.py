@@ -4,8 +4,6 @@ Loader threads read labels and average them, writers store. Which features the p
 """
 
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,13 +13,13 @@ import torch
 
 from spatialprobe.engine.decode import describe_cut, window_cut
 from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.each_clip import each_clip
 from spatialprobe.engine.job import select_shard
-from spatialprobe.engine.pointmaps.clip import ClipPoints, make_clip, write
+from spatialprobe.engine.pointmaps.clip import make_clip, write
 from spatialprobe.engine.pointmaps.encode import channel_names
 from spatialprobe.engine.pointmaps.options import FRAMES, LAYER, UNITS, PointLabels, PointOptions
 from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.queues import Behind, ahead
-from spatialprobe.engine.report import Outcomes, Progress, Report
+from spatialprobe.engine.report import Report
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import ClipRef, FeatureSpec
@@ -63,7 +61,17 @@ def run_points(
     }
     store, started = FeatureStore.create(out, spec, about), datetime.now(UTC)
     with RunLog(store.root / "log.jsonl", total=len(ids)) as log:
-        report = write_points(ids, labels, like, store, options, loaders=loaders, writers=writers, progress=log.clip)
+        clock = Clock(torch.device("cpu"))
+        report = each_clip(
+            [ClipRef(clip_id, str(labels.root)) for clip_id in ids],
+            store,
+            lambda ref: make_clip(ref.id, labels, like, spec, options, clock),
+            lambda ref, made: write(ref.id, made, store, clock),
+            clock=clock,
+            loaders=loaders,
+            writers=writers,
+            progress=log.clip,
+        )
     job = {"labels": str(labels.root), "like": str(like.root), "out": str(out), "shard": shard} | asdict(options)
     record = {"started": started.isoformat(timespec="seconds"), "spec": store.spec_hash, "job": job} | asdict(report)
     name = f"run-{shard.replace('/', 'of')}.json" if shard else "run.json"
@@ -109,42 +117,3 @@ def points_spec(
         options=asdict(options) | {"like": like_hash},
         versions={name: version(name) for name in ("spatialprobe", "torch")},
     )
-
-
-def write_points(
-    ids: Sequence[str],
-    labels: PointLabels,
-    like: FeatureStore,
-    store: FeatureStore,
-    options: PointOptions,
-    *,
-    loaders: int = 2,
-    writers: int = 2,
-    progress: Progress = lambda clip_id, outcome, reason: None,
-) -> Report:
-    """Points of every clip of `ids` that `store` lacks. Lost clips are in `failed.jsonl`; the run goes on."""
-    clock, done = Clock(torch.device("cpu")), set(store.ids())
-    todo = [ClipRef(clip_id, str(labels.root)) for clip_id in ids if clip_id not in done]
-    outcomes = Outcomes(Report(asked=len(ids), present=len(ids) - len(todo)), store, progress)
-    loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
-    writes = Behind(writing, 2 * writers, outcomes.settle_write)
-    try:
-        make = lambda ref: make_clip(ref, labels, like, store.spec, options, clock)  # noqa: E731
-        for made in clock.waiting("wait for loaders", ahead(loading, make, todo, loaders + 1)):
-            if isinstance(made, ClipPoints):
-                writes.put(made.ref, write, made, store, clock)
-            else:
-                outcomes.unreadable(*made)
-            writes.wait()
-        writes.wait(0)
-    except KeyboardInterrupt:
-        outcomes.report.interrupted = True
-        writes.wait(0)
-    except (StoreFull, MemoryError) as error:
-        outcomes.report.stopped = str(error).splitlines()[0]
-        writes.settle_rest()
-    finally:
-        loading.shutdown(cancel_futures=True)
-        writing.shutdown()
-    outcomes.report.batch_size, outcomes.report.timing = 1, clock.summary()
-    return outcomes.report

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,11 +15,11 @@ from torch import Tensor
 from spatialprobe.engine.cameras import check_centre, resized_intrinsic, unproject
 from spatialprobe.engine.decode import describe_cut, load_clip, window_cut
 from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.each_clip import Lost, each_clip
 from spatialprobe.engine.images import resize
 from spatialprobe.engine.job import ALL, Job, device_of, parse_size, select_shard
 from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.queues import Behind, ahead
-from spatialprobe.engine.report import Outcomes, Progress, Report
+from spatialprobe.engine.report import Report
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
 from spatialprobe.engine.targets.teachers import Maps, Size, Teacher, open_teacher
@@ -42,7 +41,6 @@ class Cameras(Protocol):
 
 @dataclass
 class Decoded:
-    ref: ClipRef
     clip: Clip
     size: Size  # of the maps
     shown: tuple[int, ...]  # frames of the window that the teacher looks at
@@ -88,7 +86,18 @@ def run_targets(job: Job, cameras: Cameras | None = None, *, retry_failed: bool 
     teacher.load(device, COMPUTE_DTYPES[dtype])
     folder, started = TargetFolder(out, spec), datetime.now(UTC)
     with RunLog(out / "log.jsonl", total=len(refs)) as log:
-        report = make_targets(refs, teacher, folder, cameras, writers=job.writers, progress=log.clip)
+        clock = Clock(teacher.device)
+        report = each_clip(
+            refs,
+            folder,
+            lambda ref: decode(ref, spec, cameras, clock),
+            lambda ref, made: write(ref.id, *made, folder, clock),
+            clock=clock,
+            predict=lambda decoded: (decoded, predict(decoded, teacher, clock)),
+            writers=job.writers,
+            progress=log.clip,
+        )
+    report.batch_size = teacher.AUTO_FRAMES
     record = {"started": started.isoformat(timespec="seconds"), "job": asdict(job)} | asdict(report)
     try:
         folder.record_report(job.shard, record)
@@ -97,48 +106,7 @@ def run_targets(job: Job, cameras: Cameras | None = None, *, retry_failed: bool 
     return report, out
 
 
-@torch.inference_mode()
-def make_targets(
-    refs: Sequence[ClipRef],
-    teacher: Teacher,  # loaded
-    folder: TargetFolder,
-    cameras: Cameras | None = None,
-    *,
-    loaders: int = 2,
-    writers: int = 2,
-    progress: Progress = lambda clip_id, outcome, reason: None,
-) -> Report:
-    """Labels of every clip of `refs` that `folder` lacks. What cannot be made is in `failed.jsonl`; the run goes on."""
-    clock, done = Clock(teacher.device), set(folder.ids())
-    todo = [ref for ref in refs if ref.id not in done]
-    outcomes = Outcomes(Report(asked=len(refs), present=len(refs) - len(todo)), folder, progress)
-    loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
-    writes = Behind(writing, 2 * writers, outcomes.settle_write)
-    try:
-        arriving = ahead(loading, lambda ref: decode(ref, folder.spec, cameras, clock), todo, loaders + 1)
-        for decoded in clock.waiting("wait for loaders", arriving):
-            if isinstance(decoded, tuple):
-                outcomes.unreadable(*decoded)
-                continue
-            writes.put(decoded.ref, write, decoded, predict(decoded, teacher, clock), folder, clock)
-            writes.wait()
-        writes.wait(0)
-    except KeyboardInterrupt:
-        outcomes.report.interrupted = True
-        writes.wait(0)
-    except (StoreFull, MemoryError, torch.OutOfMemoryError) as error:
-        outcomes.report.stopped = str(error).splitlines()[0]
-        writes.settle_rest()
-    finally:
-        loading.shutdown(cancel_futures=True)
-        writing.shutdown()
-    outcomes.report.batch_size, outcomes.report.timing = teacher.AUTO_FRAMES, clock.summary()
-    return outcomes.report
-
-
-def decode(
-    ref: ClipRef, spec: TargetSpec, cameras: Cameras | None, clock: Clock
-) -> Decoded | tuple[ClipRef, str, ClipError]:
+def decode(ref: ClipRef, spec: TargetSpec, cameras: Cameras | None, clock: Clock) -> Decoded | Lost:
     """A clip with all frames of its window, or what is wrong with it."""
     stage = "decode"
     try:
@@ -149,9 +117,8 @@ def decode(
         if cameras is not None:
             known = scaled_cameras(cameras, clip, size)
     except (ClipError, ValueError, OSError) as error:
-        wrong = error if isinstance(error, ClipError) else ClipError(str(error).splitlines()[0])
-        return ref, stage, wrong
-    return Decoded(ref, clip, size, shown, known)
+        return Lost.by(stage, error)
+    return Decoded(clip, size, shown, known)
 
 
 def map_size(source: Size) -> Size:
@@ -179,6 +146,7 @@ def scaled_cameras(cameras: Cameras, clip: Clip, size: Size) -> dict[str, Tensor
     return {"extrinsic": read["extrinsic"], "intrinsic": resized_intrinsic(read["intrinsic"], shape, size)}
 
 
+@torch.inference_mode()
 def predict(decoded: Decoded, teacher: Teacher, clock: Clock) -> Maps:
     """What the teacher says of the frames shown, on the CPU: as many maps as the window has frames, the others 0."""
     clip, depth, focal = decoded.clip, torch.zeros(decoded.clip.window, *decoded.size), None
@@ -223,7 +191,7 @@ def centred_camera(focal: Tensor, size: Size) -> Tensor:  # [F] -> [F, 3, 3]
 
 
 @torch.inference_mode()
-def write(decoded: Decoded, maps: Maps, folder: TargetFolder, clock: Clock) -> None:
+def write(clip_id: str, decoded: Decoded, maps: Maps, folder: TargetFolder, clock: Clock) -> None:
     """Makes a clip's file. Raises ClipError for one in which the teacher sees nothing."""
     with clock.host("pack"):
         tensors = file_tensors(decoded, maps)
@@ -240,5 +208,5 @@ def write(decoded: Decoded, maps: Maps, folder: TargetFolder, clock: Clock) -> N
     if not math.isfinite(float(tensors["depthmaps"].sum())):
         raise ClipError("the teacher's depth overflows")
     with clock.host("write"):
-        nbytes = folder.write(decoded.ref.id, tensors, provenance)
+        nbytes = folder.write(clip_id, tensors, provenance)
     clock.add("write", nbytes=nbytes)
