@@ -142,9 +142,12 @@ class RoomLabels(Labels):
         return {name: read[name] for name in wanted}
 
 
-def write_lifted(root: Path, rooms: dict[str, Room], points: dict[str, np.ndarray] | None = None) -> LiftedLabels:
+def write_lifted(
+    root: Path, rooms: dict[str, Room], points: dict[str, np.ndarray] | None = None, *, metric: bool = True
+) -> LiftedLabels:
     """The rooms as `engine lift` leaves them, with `points` [V, H, W, 3] of each, or without."""
-    spec = LiftSpec("rooms", "rooms", FrameSelection(), True, (0, 0, 1), points="none" if points is None else "float32")
+    kept = "none" if points is None else "float32"
+    spec = LiftSpec("rooms", "rooms", FrameSelection(), metric, (0, 0, 1), points=kept)
     folder = LiftFolder(root, spec)
     for clip_id, (table, masks) in rooms.items():
         maps = None if points is None else torch.from_numpy(points[clip_id].astype(np.float32))

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo.render import render_clip
 from spatialprobe.engine.demo.scenes import make_scene
+from spatialprobe.engine.pointmaps.options import PointOptions
+from spatialprobe.engine.pointmaps.run import run_points
 from spatialprobe.engine.types import FrameSelection
 from spatialprobe.probes.labels import DL3DVLabels, LiftedLabels, open_labels
 from spatialprobe.probes.labels.relations import NAMES, relation_rows
@@ -81,6 +83,17 @@ def test_frames_that_were_not_lifted_are_named_and_others_found(tmp_path):
     spec.write_text(spec.read_text().replace('"stride": 1', '"stride": 2'))
     assert open_labels(labels.root).selection == FrameSelection(stride=2)
     assert isinstance(open_labels(labels.root, layout="dl3dv"), DL3DVLabels)  # if it is said
+
+
+def test_clips_lifted_without_a_known_scale_are_not_in_metres(tmp_path):
+    """Or `engine points` would take a unit that is another in each clip for a metre."""
+    table, masks = boxes_of(1)
+    rooms, points = {"clip": (table, masks)}, {"clip": np.ones((*masks.shape, 3))}
+    like = write_rooms(tmp_path / "like", rooms, true_features)
+    assert write_lifted(tmp_path / "metres", rooms, points).metric
+    free = write_lifted(tmp_path / "free", rooms, points, metric=False)
+    with pytest.raises(ValueError, match=r"lengths in .*free are not metres.*say unit clip"):
+        run_points(free, like, tmp_path / "points", PointOptions())
 
 
 def test_damaged_clips_and_specs_are_named(tmp_path):

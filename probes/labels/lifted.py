@@ -1,6 +1,5 @@
 """What `engine lift` made of clips: instance masks, cameras and, where they were kept, points in the lifted frame; and
-questions about the relations of the objects, from their table.
-"""
+questions about the relations of the objects, from their table."""
 
 from pathlib import Path
 
@@ -26,7 +25,7 @@ class LiftedLabels(Labels):
         if rows < 1:
             raise ValueError(f"rows must be at least 1 question per view, got {rows}")
         self.rows, spec = rows, read_spec(self.root / SPEC)
-        self.selection = spec.frames
+        self.selection, self.metric = spec.frames, spec.metric
         points = () if spec.points == "none" else ("points", "confidence")
         self.names = ("instance_masks", *points, "extrinsic", "intrinsic", "relations")
 
