@@ -8,7 +8,7 @@ from spatialprobe.engine.types import ClipError
 
 ROOMS = (0.05, 300.0)  # metres from a camera to the middle one of the points it sees
 JOURNEY = 30.0  # times that, between two cameras of a clip
-VIEWS, POINTS, FEWEST = 9, 500, 50
+VIEWS, POINTS, FEWEST = 9, 500, 50  # that are compared, of each view, and that two views must have in common
 APART = 0.25  # median relative difference between what two views say of one point: teachers differ by a tenth
 
 
@@ -18,8 +18,8 @@ def check_units(depth: np.ndarray, poses: np.ndarray, metric: bool) -> None:  # 
     middle = float(np.median(some[some > 0]))
     if metric and not ROOMS[0] <= middle <= ROOMS[1]:
         raise ClipError(
-            f"depth cannot be in metres: half of the points are farther than {middle:.3g}; if its scale is not "
-            f"known, say --scale free"
+            f"depth cannot be in metres: half of the points are farther than {middle:.3g}, wanted {ROOMS[0]:g} .. "
+            f"{ROOMS[1]:g}; if its scale is not known, say --scale free"
         )
     moved = float(np.linalg.norm(poses[:, :3, 3] - poses[0, :3, 3], axis=1).max())
     if moved > JOURNEY * middle:
@@ -28,7 +28,11 @@ def check_units(depth: np.ndarray, poses: np.ndarray, metric: bool) -> None:  # 
         )
 
 
-def check_agreement(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray) -> float:
+def check_agreement(
+    depth: np.ndarray,  # [V, H, W]
+    intrinsic: np.ndarray,  # [V, 3, 3]
+    poses: np.ndarray,  # [V, 4, 4] camera to world
+) -> float:
     """By what share of the depth views differ about one point; 0 where they have none in common.
 
     Raises ClipError if points of one view are not where the next one sees them: units, poses or frames differ.

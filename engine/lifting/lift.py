@@ -21,6 +21,8 @@ from spatialprobe.engine.types import ClipError
 SAMPLES = 32  # pixels of each view that questions about pixels may ask about
 MOST_POINTS = 15_000  # of the objects in a view, for boxes; outlines are kept whole
 IMAGE_CUTS = 0.02  # of an object's outline: with more on the image's border, that view does not show all of it
+POINT_PARTS = ("points", "normals", "broad", "pixel", "rays")  # of Seen, an entry per point
+EDGE_PARTS = ("edges", "ends", "touches", "along", "edge_pixel")  # an entry per edge of the outline
 RIGID = 1e-3  # how far from orthonormal a rotation may be: poses are float32, some datasets' are rounded
 
 
@@ -137,13 +139,13 @@ def camera_to_world(extrinsic: np.ndarray) -> np.ndarray:  # [V, 3, 4] -> float6
 
 def look(
     clip: str,
-    depth: np.ndarray,
-    intrinsic: np.ndarray,
-    poses: np.ndarray,  # camera to lifted frame
-    masks: np.ndarray,
+    depth: np.ndarray,  # [V, H, W]
+    intrinsic: np.ndarray,  # [V, 3, 3]
+    poses: np.ndarray,  # [V, 4, 4] camera to lifted frame
+    masks: np.ndarray,  # [V, H, W]
     ids: np.ndarray,  # [N] objects of the table
-    frames: np.ndarray,
-    dtype: torch.dtype | None,
+    frames: np.ndarray,  # [V]
+    dtype: torch.dtype | None,  # of the point maps; None: none are made
 ) -> tuple[Sights, Tensor | None, dict[str, np.ndarray]]:
     """What each view saw of the objects, its point map, and its sampled pixels, points and ids by name."""
     shape = len(ids), len(depth)
@@ -224,7 +226,7 @@ def gather(sights: Sights, differ: float) -> list[Seen]:
     """What all views saw, object by object."""
     joined = {name: np.concatenate([part[name] for part in sights.parts]) for name in sights.parts[0]}
     count, split = len(sights.pixels), {}
-    for key, names in (("row", ("points", "normals", "broad", "pixel", "rays")), ("edge_row", EDGES)):
+    for key, names in (("row", POINT_PARTS), ("edge_row", EDGE_PARTS)):
         order = np.argsort(joined[key], kind="stable")
         stops = np.cumsum(np.bincount(joined[key], minlength=count))[:-1] if count else []
         for name in names:
@@ -233,9 +235,6 @@ def gather(sights: Sights, differ: float) -> list[Seen]:
         Seen(**{name: parts[n] for name, parts in split.items()}, whole=best_whole(sights, n), differ=differ)
         for n in range(count)
     ]
-
-
-EDGES = ("edges", "ends", "touches", "along", "edge_pixel")
 
 
 def best_whole(sights: Sights, n: int) -> float:
