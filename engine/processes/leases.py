@@ -152,7 +152,7 @@ class Leases:
 
         Who has claimed a clip must look whether it is done: it may have been done and given back a moment ago.
         """
-        key, turn, deaths, over = key_of(clip_id), 0, 0, None
+        key = key_of(clip_id)
         made = self._create(key, 0, 0)
         if made is not None:
             if not self._exists(key, 1) and self._is(made, key, 0):  # in this order: they go from 0 up
