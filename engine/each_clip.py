@@ -1,5 +1,5 @@
-"""One pass over clips that all commands but `extract` make: loader threads read, the calling thread may predict, writer
-threads store. It knows what becomes of a clip, an interrupt and a full disk, and nothing of what is made."""
+"""The pass over clips that `targets`, `lift` and `points` make: loader threads read, the calling thread may predict,
+writer threads store. It knows what becomes of a clip, an interrupt and a full disk, and nothing of what is made."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

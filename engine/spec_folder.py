@@ -1,6 +1,7 @@
 """A folder of one `<clip id>.sft` per clip, all made by one spec, which lies beside them: targets, and lifted clips.
 
-A clip is done when its file has its final name. What is in a file, its maker knows.
+A clip is done when its file has its final name. What is in a file, its maker knows. Questions, whose files are of many
+clips each, have the spec, the records and the failures alone.
 """
 
 import json
