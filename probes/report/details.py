@@ -41,7 +41,7 @@ def run_folds(study: Study) -> Iterator[Html]:
             fits = len(data) <= room
             room -= len(data) if fits else 0
             pictures.append(picture(path, data) if fits else element("p", f"{path} is too large for this page."))
-        yield fold(run_title(study, run), probe_run(study, run, shown), pictures)
+        yield fold(run_title(study, run), probe_run(run, shown), pictures)
 
 
 def run_title(study: Study, run: ProbeRun) -> str:
@@ -50,7 +50,7 @@ def run_title(study: Study, run: ProbeRun) -> str:
     return f"{first.task}, {models}: {count} {'probe' if count == 1 else 'probes'}"
 
 
-def probe_run(study: Study, run: ProbeRun, shown: set[int]) -> Iterator[Html]:
+def probe_run(run: ProbeRun, shown: set[int]) -> Iterator[Html]:
     first = run.results[0]
     yield element("p", element("code", run.path))
     yield element(
