@@ -34,7 +34,7 @@ from spatialprobe.probes.labels import open_labels
 
 PER_CLIP, PART_CLIPS, ROUNDS = 200, 256, 5
 LEAST_PER_S = 20_000
-CLIPS, CLIPS_PER_CLIP = 6_000, 20  # for memory: more clips, fewer questions of each
+MANY_CLIPS, FEW_PER_CLIP = 6_000, 20  # for memory: more clips, fewer questions of each
 LEAST_LIFTED_PER_MINUTE = 20
 LIFTED, DISTINCT, WINDOW, SIZE = 10, 2, 81, (294, 518)
 MOST_GROWTH = 16 << 20  # bytes of resident memory from the first quarter of the clips to the last
@@ -92,14 +92,14 @@ def test_questions_per_second(tmp_path, show, record):
 
 
 def test_memory_is_flat(tmp_path, show):
-    ids = [f"{n:06d}" for n in range(CLIPS)]
-    resident, parts = [], -(-CLIPS // PART_CLIPS)
+    ids = [f"{n:06d}" for n in range(MANY_CLIPS)]
+    resident, parts = [], -(-MANY_CLIPS // PART_CLIPS)
     for part in range(parts):
-        make(tmp_path / "out", ids, range(part, part + 1), per_clip=CLIPS_PER_CLIP)
+        make(tmp_path / "out", ids, range(part, part + 1), per_clip=FEW_PER_CLIP)
         gc.collect()
         resident.append(psutil.Process().memory_info().rss)
     first, last = (statistics.median(some) for some in (resident[: parts // 4], resident[-(parts // 4) :]))
-    show(f"{CLIPS:,} clips: {first / 1e6:.0f} MB resident in the first quarter, {last / 1e6:.0f} MB in the last")
+    show(f"{MANY_CLIPS:,} clips: {first / 1e6:.0f} MB resident in the first quarter, {last / 1e6:.0f} MB in the last")
     assert last - first < MOST_GROWTH
 
 
