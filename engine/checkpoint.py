@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from spatialprobe.engine.types import first_line
+
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # configs, tokenizers: all that a plan needs
 STEMS = ("model", "diffusion_pytorch_model")  # of weight files: transformers', diffusers'
 Stored = str | tuple[str, slice]  # a stored tensor's name, or that and the rows of it that are meant
@@ -128,10 +130,9 @@ def _from_hub(what: str, fetch: Callable[[], Any]) -> Any:
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         raise ValueError(f"{what} is not in the local Hub cache, and the Hub cannot be reached") from None
     except hub.SafetensorsParsingError as error:
-        raise ValueError(f"{what} is not a safetensors file: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{what} is not a safetensors file: {first_line(error)}") from None
     except (hub.HTTPError, hub.EntryNotFoundError, OSError) as error:  # no such repository, gated, no connection
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{what} cannot be fetched: {reason}") from None
+        raise ValueError(f"{what} cannot be fetched: {first_line(error)}") from None
 
 
 def _open_shard(path: Path):
@@ -147,8 +148,7 @@ def one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
 
 
 def content_hash(root: Path) -> str:

@@ -11,7 +11,7 @@ from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.queues import Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report
 from spatialprobe.engine.timing import Clock
-from spatialprobe.engine.types import ClipError, ClipRef
+from spatialprobe.engine.types import ClipError, ClipRef, first_line
 
 
 class Lost(NamedTuple):
@@ -23,7 +23,7 @@ class Lost(NamedTuple):
     @classmethod
     def by(cls, stage: str, error: Exception) -> "Lost":
         """By any error, as one line."""
-        return cls(stage, error if isinstance(error, ClipError) else ClipError(str(error).splitlines()[0]))
+        return cls(stage, error if isinstance(error, ClipError) else ClipError(first_line(error)))
 
 
 def each_clip(
@@ -59,7 +59,7 @@ def each_clip(
         outcomes.report.interrupted = True
         writes.settle_rest()
     except (StoreFull, MemoryError, torch.OutOfMemoryError) as error:
-        outcomes.report.stopped = str(error).splitlines()[0]
+        outcomes.report.stopped = first_line(error)
         writes.settle_rest()
     finally:
         loading.shutdown(cancel_futures=True)

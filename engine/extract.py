@@ -27,7 +27,7 @@ from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.timing import Clock
-from spatialprobe.engine.types import STORE_DTYPES, ClipError, ClipRef, FeatureSpec, Plan, tensor_name
+from spatialprobe.engine.types import STORE_DTYPES, ClipError, ClipRef, FeatureSpec, Plan, first_line, tensor_name
 from spatialprobe.kernels.pool_features import Finished, accumulate, pool_features
 
 SHORT_LOAD, SHORT_WRITE = 1e-3, 2e-3  # seconds; see `Nearby`. A write waits for the disk in part
@@ -108,7 +108,7 @@ def extract(
         report.interrupted = True
         writes.settle_rest()
     except (StoreFull, MemoryError) as error:
-        report.stopped = str(error) + (tiling.advice(adapter) if isinstance(error, MemoryError) else "")
+        report.stopped = first_line(error) + (tiling.advice(adapter) if isinstance(error, MemoryError) else "")
         writes.settle_rest()
     finally:
         loading.shutdown(cancel_futures=True)
@@ -141,7 +141,7 @@ def prepare(
         try:
             return _prepared(ref, *plan_clip(about["window"], adapter, spec), fed, about, adapter, spec)
         except ValueError as error:
-            return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+            return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {first_line(error)}"))
     try:
         window = spec.frames.window
         planned = None if window is None else plan_clip(window, adapter, spec)
@@ -157,7 +157,7 @@ def prepare(
             clip = replace(clip, frames=clip.frames[list(plan.shown)], index=clip.index[list(plan.shown)])
         feeder.take(fed, clip, plan)
     except (ValueError, OSError) as error:  # a window the model cannot do, or pixels its processor refuses
-        return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+        return Unreadable(ref, "prepare", ClipError(f"{type(error).__name__}: {first_line(error)}"))
     about = {
         "index": clip.index.tolist(),  # source frames the model was shown
         "padded": clip.padded,

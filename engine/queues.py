@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from spatialprobe.engine.types import first_line
+
 
 def ahead(pool: Executor, work: Callable, items: Iterable, depth: int) -> Iterator:
     """map(work, items) on `pool`, in order, with at most `depth` results made or in the making."""
@@ -92,7 +94,7 @@ class BatchSize:
             try:
                 result = run(piece)
             except torch.OutOfMemoryError as error:
-                full = str(error).splitlines()[0]
+                full = first_line(error)
             if full:  # outside the handler: the traceback would keep the failed batch in memory
                 self._halve(full)
                 continue

@@ -36,6 +36,11 @@ class ShortClip(ClipError):
     """The clip has fewer frames than its window, and `short` forbids padding."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for records of one line; its name where it says nothing, as Python's own MemoryError does."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class Refused(RuntimeError):
     """The model cannot be run in the way that was asked for. The message is one line that says why."""
 

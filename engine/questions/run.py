@@ -21,7 +21,7 @@ from spatialprobe.engine.questions.lines import chat_lines, record_lines
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.questions.types import BY_TYPE
 from spatialprobe.engine.report import Report
-from spatialprobe.engine.types import ClipError
+from spatialprobe.engine.types import ClipError, first_line
 
 TOGETHER = 32  # clips that are looked at together, if they have at most
 TOGETHER_OBJECTS = 24  # objects; the pairs of more objects take more memory
@@ -123,7 +123,7 @@ def ask_parts(
             report.interrupted = True
             break
         except (StoreFull, MemoryError) as error:
-            report.stopped = str(error).splitlines()[0]
+            report.stopped = first_line(error)
             break
         for clip_id, stage, reason in made.failures:
             folder.record_failure(clip_id, stage, reason)
@@ -172,7 +172,7 @@ def ask_part(root: Path, ids: Sequence[str], spec: QuestionSpec, read: Read) -> 
             stage = "ask"
             chosen[clip_id] = choose(table, spec.settings)
         except (ClipError, ValueError, OSError) as error:
-            part.failures.append((clip_id, stage, str(error).splitlines()[0]))
+            part.failures.append((clip_id, stage, first_line(error)))
     for names in alike(chosen):
         for name, asked in zip(names, ask_together([chosen[name] for name in names], spec.settings), strict=True):
             part.texts[0][name] = "".join(record_lines(asked))  # at once: text costs the collector nothing
