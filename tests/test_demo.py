@@ -20,11 +20,12 @@ from spatialprobe.engine.demo import probes as demo_probes
 from spatialprobe.engine.demo import run as demo
 from spatialprobe.engine.demo.page import principal_colours, wrapped
 from spatialprobe.engine.demo.probes import SETTINGS
-from spatialprobe.engine.demo.questions import FORMS, question_section, samples
+from spatialprobe.engine.demo.questions import question_section, samples
 from spatialprobe.engine.demo.render import render_clip
 from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.questions.ask import ask
+from spatialprobe.engine.questions.forms import FORMS
 from spatialprobe.engine.questions.lines import record_lines
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.store import FeatureStore

@@ -11,14 +11,13 @@ import numpy as np
 from PIL import Image
 
 from spatialprobe.engine.lifting.run import LiftJob, run_lift
+from spatialprobe.engine.questions.forms import FORMS
 from spatialprobe.engine.questions.run import AskJob, run_ask
 from spatialprobe.engine.questions.settings import Settings
+from spatialprobe.engine.questions.types import LEVELS
 from spatialprobe.engine.report import Report
 from spatialprobe.probes.labels import Labels, open_labels
 from spatialprobe.probes.report.markup import Html, element, fold
-
-LEVELS = ("pixels", "one object", "two objects", "several steps")
-FORMS = ("open", "choice", "truth")  # one question of each, for each level
 
 PER_CLIP = 60
 

@@ -1,6 +1,6 @@
 """Every type of question, in one table: its level, what its answer is made of, what it needs, and its margin.
 
-Levels: 0 pixels, 1 one object, 2 two objects, 3 several steps. The words are in phrasing.py, by the same names.
+The words are in phrasing.py and phrasing_steps.py, by the same names.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from spatialprobe.engine.questions.relations import (
     volume,
 )
 
-LEVELS = ("pixel", "object", "pair", "several steps")
+LEVELS = ("pixels", "one object", "two objects", "several steps")  # what a question is about, by its level
 Kind = Literal["words", "pick", "number", "vector", "order"]
 
 # What a type may need, word by word -> whether a table has it

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 from spatialprobe.engine.questions.relations import RELATIONS
+from spatialprobe.engine.questions.types import LEVELS
 from spatialprobe.probes.labels.relations import KINDS, NAMES
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element, fold
 from spatialprobe.probes.report.study import Bench, Features, Probes, Study
 from spatialprobe.probes.report.tables import bar_cell, heading, titled_table, value_cell
 
-LEVELS = {0: "pixels", 1: "one object", 2: "two objects", 3: "several steps"}
 BY_LEVEL = (
     Measure("balanced_accuracy", "Yes or no: balanced accuracy", True, "one half is what guessing scores"),
     Measure("within_50_200", "Lengths: share within 50 to 200% of the truth", True),
@@ -47,7 +47,7 @@ def relation_tables(study: Study, bench: Bench, before: str) -> Iterator[Html]:
 
 
 def level_table(measure: Measure, rows: Sequence[tuple[Features, Probes]], before: str) -> Html:
-    names = {level: f"{measure.metric}/level{level}" for level in LEVELS}
+    names = {level: f"{measure.metric}/level{level}" for level in range(len(LEVELS))}
     there = [level for level, name in names.items() if any(p.values(name) for _, p in rows)]
     columns = [
         *(Measure(names[level], f"level {level}: {LEVELS[level]}", measure.higher) for level in there),
@@ -76,7 +76,7 @@ def type_table(rows: Sequence[tuple[Features, Probes]]) -> Html:
     """Relations by level x features; of each relation the number of its kind."""
     known = {name: (relation.level, kind) for name, relation, kind in zip(NAMES, RELATIONS, KINDS, strict=True)}
     groups = []
-    for level, what in LEVELS.items():
+    for level, what in enumerate(LEVELS):
         lines = []
         for name, (of_level, kind) in known.items():
             metric = f"{MAIN[kind].metric}/{name}"
