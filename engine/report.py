@@ -29,6 +29,11 @@ class Report:
 Progress = Callable[[str, str, str], None]
 
 
+def run_file(shard: str | None) -> str:
+    """Where a run's report is kept: run.json, of shard "0/4" run-0of4.json."""
+    return f"run-{shard.replace('/', 'of')}.json" if shard else "run.json"
+
+
 class TakenOver(Exception):
     """Another process has taken a clip over, because this one seemed to be gone."""
 

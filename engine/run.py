@@ -19,7 +19,7 @@ from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
 from spatialprobe.engine.latents import LatentFolder, latent_key
 from spatialprobe.engine.processes.sharing import Sharing
 from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.report import Report
+from spatialprobe.engine.report import Report, run_file
 from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
@@ -88,11 +88,10 @@ class Run:
 
 def write_report(store: FeatureStore, job: Job, started: datetime, parts: dict, report: Report) -> None:
     """Writes `run.json`, of a shard `run-0of4.json`. A full disk is noted in the report."""
-    shard = f"-{job.shard.replace('/', 'of')}" if job.shard else ""
     record = {"started": started.isoformat(timespec="seconds"), "spec": store.spec_hash}
     record |= {"job": asdict(job)} | parts | asdict(report)
     try:
-        store.write_record(f"run{shard}.json", json.dumps(record, indent=1))
+        store.write_record(run_file(job.shard), json.dumps(record, indent=1))
     except StoreFull as error:
         report.stopped = report.stopped or str(error)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from spatialprobe.engine.clipfile import all_files, write_file
 from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
 from spatialprobe.engine.failures import append_failure, read_failures
+from spatialprobe.engine.report import run_file
 from spatialprobe.engine.schema import differences
 from spatialprobe.engine.types import check_clip_id
 
@@ -85,9 +86,8 @@ class SpecFolder(Generic[S]):
             publish(temp, self.root / name)
 
     def record_report(self, shard: str | None, record: dict[str, Any]) -> None:
-        """`run.json` of a whole run, `run-0of4.json` of a shard's."""
-        part = f"-{shard.replace('/', 'of')}" if shard else ""
-        self.write_record(f"run{part}.json", json.dumps(record, indent=1))
+        """Keeps a run's report, each shard's in a file of its own."""
+        self.write_record(run_file(shard), json.dumps(record, indent=1))
 
     def record_failure(self, clip_id: str, stage: str, reason: str) -> None:
         append_failure(self.root / "failed.jsonl", clip_id, stage, reason)

@@ -19,7 +19,7 @@ from spatialprobe.engine.pointmaps.clip import make_clip, write
 from spatialprobe.engine.pointmaps.encode import channel_names
 from spatialprobe.engine.pointmaps.options import FRAMES, LAYER, UNITS, PointLabels, PointOptions
 from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.report import Report
+from spatialprobe.engine.report import Report, run_file
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import ClipRef, FeatureSpec
@@ -74,9 +74,8 @@ def run_points(
         )
     job = {"labels": str(labels.root), "like": str(like.root), "out": str(out), "shard": shard} | asdict(options)
     record = {"started": started.isoformat(timespec="seconds"), "spec": store.spec_hash, "job": job} | asdict(report)
-    name = f"run-{shard.replace('/', 'of')}.json" if shard else "run.json"
     try:
-        store.write_record(name, json.dumps(record, indent=1))
+        store.write_record(run_file(shard), json.dumps(record, indent=1))
     except StoreFull as error:
         report.stopped = report.stopped or str(error)
     return report, store
