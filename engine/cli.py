@@ -76,7 +76,7 @@ ASK_WORDS = {
     "per_clip": ("N", "questions of each clip (default: 100)"),
     "seed": ("N", "of everything that is drawn (default: 0)"),
     "types": ("A,B", "types of questions (default: all)"),
-    "levels": ("I,J", "0 pixel, 1 object, 2 pair, 3 several steps (default: all)"),
+    "levels": ("I,J", "0 pixels, 1 one object, 2 two objects, 3 several steps (default: all)"),
     "shares": ("X,Y", "shares of these levels (default: of all four 0.15,0.25,0.35,0.25)"),
     "forms": ("F,G", "open, choice, truth, each alone or with its share (default: open=0.4,choice=0.3,truth=0.3)"),
     "images": ("PATTERN", "of image paths in chats (default: {clip}/frame_{frame:05d}.png)"),
@@ -174,7 +174,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--retry-failed", action="store_true", help="only clips that failed before")
 
     sub = command("points", points, "point maps of labelled clips as a store, to join with the features of another")
-    sub.add_argument("labels", help="demo scenes, DL3DV-processed, or what `engine targets --cameras` made")
+    sub.add_argument(
+        "labels", help="demo scenes, DL3DV-processed, lifted clips, or what `engine targets --cameras` made"
+    )
     sub.add_argument("--like", required=True, metavar="STORE", help="whose clips, rows and token grid the points get")
     sub.add_argument("--out", required=True, metavar="STORE", help="run the same command again to resume")
     sub.add_argument("--bands", metavar="K", default="6", help="sinusoids of 6.28, 3.14, ... units (default: 6)")
@@ -236,7 +238,9 @@ def parser() -> argparse.ArgumentParser:
     add_probe_command(command)
     add_study_command(command, EXTRACT_WORDS)
     add_report_command(command)
-    sub = command("demo", demo, "render scenes, build tiny models, extract, train probes, and write a page about it")
+    sub = command(
+        "demo", demo, "render scenes, ask about them, build tiny models, extract, train probes, and write a page"
+    )
     sub.add_argument("--out", default="demo", help="folder to write (default: demo)")
     return top
 
@@ -357,13 +361,14 @@ def parse_up(text: str) -> tuple[float, ...]:
 
 
 def ask(args: argparse.Namespace) -> int:
+    from spatialprobe.engine.job import positive
     from spatialprobe.engine.questions.run import AskJob, run_ask
-    from spatialprobe.engine.questions.settings import Settings, number
+    from spatialprobe.engine.questions.settings import Settings
 
     if args.images and not args.chat:
         raise ValueError("images goes with chat")
     settings = Settings.from_words({word: text for word in ASK_WORDS if (text := getattr(args, word)) is not None})
-    limit = None if args.limit is None else number("limit", args.limit)
+    limit = None if args.limit is None else positive("limit", args.limit)
     images = (args.images or "{clip}/frame_{frame:05d}.png") if args.chat else None
     job = AskJob(args.lifted, args.out, settings, images, args.shard, limit)
     report, out, summary = run_ask(job, retry_failed=args.retry_failed)

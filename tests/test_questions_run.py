@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from synthetic_tables import random_table
 
+from spatialprobe.engine.cli import main
 from spatialprobe.engine.failures import read_failures
 from spatialprobe.engine.questions.folder import QuestionFolder, QuestionSpec
 from spatialprobe.engine.questions.run import ask_parts, check_images, clip_ids
@@ -159,3 +160,9 @@ def test_a_folder_of_other_settings_or_other_things_is_refused(whole, tmp_path):
 def test_image_patterns_without_a_frame_are_refused(pattern):
     with pytest.raises(ValueError, match=r"images must be a path with \{clip\} and \{frame\} in it"):
         check_images(pattern)
+
+
+def test_a_limit_of_no_clips_is_refused(tmp_path, capsys):
+    assert main(["ask", str(tmp_path), "--out", str(tmp_path / "out"), "--limit", "0"]) == 2
+    assert "limit must be a whole number from 1, got '0'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -215,6 +215,7 @@ def write_dl3dv(
 
 
 def dl3dv_targets(scene: Scene, start_idx: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What a scene's file holds: frames from `start_idx` on, as maps of `size` (H, W); depth and points in metres."""
     window = resized(scene, *size)
     clip = Frame(*(array[start_idx:] for array in vars(render_clip(window)).values()))
     poses = scene.poses[start_idx:]
