@@ -9,10 +9,10 @@ OFF_CENTRE = 0.25  # of an image's side: a principal point farther from the midd
 
 def check_centre(intrinsic: Tensor, size: tuple[int, int]) -> None:  # [F, 3, 3] pixels, (H, W)
     """Raises ValueError for intrinsics that cannot be of images of that size."""
-    centre = intrinsic[:, :2, 2] / torch.tensor([size[1], size[0]])
-    if (centre - 0.5).abs().max() > OFF_CENTRE:
+    off = (intrinsic[:, :2, 2] / torch.tensor([size[1], size[0]]) - 0.5).abs().amax(1)
+    if off.max() > OFF_CENTRE:
         raise ValueError(
-            f"intrinsics have their principal point at {intrinsic[0, :2, 2].tolist()} of images of "
+            f"intrinsics have their principal point at {intrinsic[off.argmax(), :2, 2].tolist()} of images of "
             f"{size[0]}x{size[1]} pixels; if they are of others (ScanNet's of 968x1296), say --intrinsic-size"
         )
 

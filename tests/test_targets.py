@@ -13,7 +13,7 @@ from transformers import AutoModelForDepthEstimation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
 
-from spatialprobe.engine.cameras import unproject
+from spatialprobe.engine.cameras import check_centre, unproject
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
@@ -299,6 +299,15 @@ def test_a_second_run_goes_on_and_failures_are_listed_and_retried(scenes, teache
 def test_sizes_are_the_studys():
     assert map_size((540, 960)) == (294, 518)
     assert map_size((960, 540)) == (518, 294)
+
+
+def test_intrinsics_of_other_images_are_refused_by_the_one_that_is_farthest_off():
+    intrinsic = torch.eye(3).repeat(2, 1, 1)
+    intrinsic[:, :2, 2] = torch.tensor([[47.5, 31.5], [320.0, 240.0]])  # of 64x96 pixels, and of 480x640
+    check_centre(intrinsic[:1], (64, 96))
+    message = r"principal point at \[320.0, 240.0\] of images of 64x96 pixels; .* say --intrinsic-size"
+    with pytest.raises(ValueError, match=message):
+        check_centre(intrinsic, (64, 96))
 
 
 def test_unproject_of_an_identity_camera():
