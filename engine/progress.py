@@ -19,11 +19,16 @@ def bar(total: int | None, unit: str, *, shown: bool = True) -> tqdm:
 
 
 class RunLog:
-    """One JSON line per clip as it is settled, and the bar beside it with clips/s, time left and failures."""
+    """One JSON line per clip as it is settled, and the bar beside it with clips/s, time left and failures.
 
-    def __init__(self, path: Path, total: int, *, shown: bool = True, tell: Progress = lambda *outcome: None):
+    `unit` is for the bar where something else is settled: parts of many clips.
+    """
+
+    def __init__(
+        self, path: Path, total: int, *, unit: str = "clip", shown: bool = True, tell: Progress = lambda *outcome: None
+    ):
         self._path, self._file = path, path.open("ab", buffering=0)
-        self._bar = bar(total, "clip", shown=shown)
+        self._bar = bar(total, unit, shown=shown)
         self._tell = tell
         self._failed = 0
 

@@ -65,7 +65,7 @@ def run_ask(job: AskJob, *, retry_failed: bool = False) -> tuple[Report, Path, d
     if retry_failed and not (out / SPEC).exists():
         raise ValueError(f"there is nothing to retry: {out} is no folder of questions")
     folder = QuestionFolder(out, spec)
-    with RunLog(out / "log.jsonl", total=len(parts)) as log:
+    with RunLog(out / "log.jsonl", total=len(parts), unit="part") as log:
         report = ask_parts(root, ids, parts, folder, read_table, retry_failed=retry_failed, progress=log.clip)
     summary = folder.summary(range(-(-len(ids) // spec.part_clips)))
     try:
