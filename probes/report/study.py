@@ -120,6 +120,7 @@ def best_of(probes: Iterable[Probes]) -> Probes | None:
 
 
 def make_study(collection: Collection) -> Study:
+    """Rows, columns and cells of all results; a result that was found twice counts once."""
     found = {facts.spec_hash: facts for facts in collection.stores.values() if facts.spec}
     stores = {key: found.get(facts.spec_hash, facts) for key, facts in collection.stores.items()}  # moved, or copied
     identities = {key: identity(facts) for key, facts in stores.items()}
