@@ -177,9 +177,7 @@ def dead_runs(parent: Path) -> list[Path]:
     for folder in sorted(parent.glob("run-*")):
         try:
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except (
-            FileNotFoundError
-        ):  # killed between making the folder and its lock, which happens under the parent's lock
+        except FileNotFoundError:  # killed between making it and its lock, which happens under the parent's lock
             if folder.is_dir() and not any(folder.iterdir()):
                 dead.append(folder)
             continue
