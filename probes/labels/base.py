@@ -1,8 +1,8 @@
 """What is known about the frames of a clip beside its features, one interface for every dataset.
 
 Conventions of everything read: a frame is a frame of the features' window; camera coordinates are OpenCV's (x right, y
-down, z forward); pixel coordinates are those of the clip's label images, centres at whole numbers; lengths are in the
-dataset's own unit (metres for ScanNet and the demo; DL3DV's scenes each have a scale of their own).
+down, z forward); pixel coordinates are those of the clip's label images, centres at whole numbers; lengths are metres
+where `metric`, else of a scale that each clip has for itself (DL3DV, and what was lifted with it).
 """
 
 import json
