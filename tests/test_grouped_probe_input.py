@@ -73,7 +73,9 @@ def test_each_probe_is_normalised_by_itself(dtype, probes, width, impl):
         own = [t.requires_grad_() for t in parameters]
         y = probe_input(x, *own, **known, **after)
         y.backward(upstream[p])
-        torch.testing.assert_close(ys[p], y, rtol=1e-5, atol=1e-6)
+        length = probe_input(x, *parameters, **known, activation="gelu", impl=impl).detach().norm(dim=1, keepdim=True)
+        slack = 2e-6 / length.clamp_max(1)  # 2^-24 of the 40 terms of a sum, which a short vector's length divides
+        assert ((ys[p] - y).abs() <= slack + 1e-5 * y.abs()).all(), f"{((ys[p] - y).abs() / slack).max():.3g} x"
         for together, single in zip(stacked, own, strict=True):
             slack = 1e-5 * single.grad.abs().max().item()
             torch.testing.assert_close(together.grad[p], single.grad, rtol=1e-5, atol=slack)

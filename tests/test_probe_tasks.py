@@ -301,7 +301,7 @@ def test_labels_of_other_classes_are_refused(answers, labels, tmp_path):
     renamed = ScanNetLabels(renamed.root, classes=K)
     with pytest.raises(ValueError, match=r"on 6 classes \(class 0, .*have 6 classes \(class 5, .*another order"):
         evaluate(tmp_path / "out" / "probe-000.safetensors", answers, renamed)
-    with pytest.raises(ValueError, match="another folder\n  classes: "):
+    with pytest.raises(ValueError, match=r"another folder\n  labels: .*\n  classes: "):
         train(TAGGING, answers, renamed, out=tmp_path / "out", **TAGS)
     train(INSTANCE, answers, labels, out=tmp_path / "instance", depth=0, **INSTANCES)
     evaluate(tmp_path / "instance" / "probe-000.safetensors", answers, renamed)  # which has no classes

@@ -205,7 +205,9 @@ def test_a_lost_gpu_ends_its_worker_and_the_others_go_on(clips, qwen_path, alone
     words = job_words(clips, qwen_path, tmp_path / "s")
     assert main([*command(words)[3:], "--devices", "cpu,cpu"]) == 0
     printed = capfd.readouterr()
-    assert "(cpu) lost its GPU: CUDA error: uncorrectable ECC error encountered; 1 of 2 workers go on" in printed.err
+    told = "(cpu) lost its GPU: CUDA error: uncorrectable ECC error encountered; "
+    others = ("1 of 2 workers go on", "the others are done")  # they may be, by the time that its process has ended
+    assert any(told + of_them in printed.err for of_them in others), printed.err
     assert "Traceback" not in printed.err
     assert files(tmp_path / "s") == alone
     assert left_behind(tmp_path / "s") == []

@@ -161,7 +161,8 @@ class Pool:
             worker.ended = how_it_ended(worker)
             if worker.ended != "done" and not self.interrupted:
                 left = sum(not other.ended for other in self.workers)
-                then = f"{left} of {len(self.workers)} workers go on" if left else "no worker is left"
+                rest = "the others are done" if any(o.ended == "done" for o in self.workers) else "no worker is left"
+                then = f"{left} of {len(self.workers)} workers go on" if left else rest
                 tqdm.write(f"engine: worker {worker.number} ({worker.device}) {worker.ended}; {then}", sys.stderr)
         return messages is not None
 
