@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from spatialprobe.engine.cli import main
+from spatialprobe.engine.cli import main, parser
+from spatialprobe.engine.commands.flags import read_job
 from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
@@ -196,8 +197,6 @@ def test_a_job_file_says_the_same_as_flags(words, clips_path, wan_path, tmp_path
         '[options]\nprompt = ""\n'
     )
     from_file = Job.from_words({"short": "pad", "options": {"size": "64x96"}}, str(tmp_path / "job.toml"))
-    from spatialprobe.engine.cli import parser, read_job
-
     assert resolve(from_file).spec == resolve(read_job(parser().parse_args(words))).spec
 
 

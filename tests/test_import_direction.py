@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"kernels": set(), "engine": {"kernels"}, "probes": {"kernels", "engine"}}
-BOTH = {"engine/cli.py", *(f"engine/demo/{name}.py" for name in ("page", "probes", "questions"))}  # know of both
+# what of the engine knows of probes: commands, and what the demo makes of them
+BOTH = {f"engine/demo/{name}.py" for name in ("page", "probes", "questions")}
+BOTH |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "engine/commands").glob("*.py")}
 MODEL_LIBRARIES = {"transformers", "diffusers", "accelerate"}
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.commands import study as study_command
 from spatialprobe.engine.demo.scene_files import write_demo, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
@@ -247,12 +248,12 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(study, scenes, encod
             raise Killed
 
     asked = {}
-    monkeypatch.setattr("spatialprobe.probes.study.cli.Bar", lambda: killed)
+    monkeypatch.setattr(study_command, "Bar", lambda: killed)
     with pytest.raises(Killed):
         main(said)
     assert not (out / "runs" / "clip-shuffled" / "instance" / "results.json").exists()
     assert written(out / "study.json")["probes"]
-    monkeypatch.setattr("spatialprobe.probes.study.cli.Bar", lambda: lambda state: asked.setdefault(state.epoch, state))
+    monkeypatch.setattr(study_command, "Bar", lambda: lambda state: asked.setdefault(state.epoch, state))
     assert main(said) == 0
     assert list(asked) == [1]  # the first epoch, of which there is a checkpoint, was not trained again
     for task in OF_TASK:

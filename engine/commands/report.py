@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def add_report_command(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds `report` to the commands; nothing heavy is imported before it runs."""
+def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("report", report, "one page of what probes found: tables, maps, charts, and all that made them")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a results.json, or a folder above some")
     sub.add_argument("--out", required=True, metavar="PAGE", help="HTML file to write, whole or not at all")

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 TASK_NAMES = ("tagging", "instance", "geometry", "relation")
 
 
-def add_probe_command(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds `probe` to the commands; nothing heavy is imported before it runs."""
+def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("probe", probe, "train probes on stores and measure them")
     sub.add_argument("--task", required=True, choices=TASK_NAMES)
     sub.add_argument(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatialprobe.probes.cli import TASK_NAMES, Bar, pairs_of, value_of
+from spatialprobe.engine.commands.flags import WORDS, add_flags
+from spatialprobe.engine.commands.probe import TASK_NAMES, Bar, pairs_of, value_of
 
 if TYPE_CHECKING:
     from spatialprobe.probes.labels import Labels
@@ -19,10 +20,7 @@ JOB_WORDS = (  # of `engine extract`, that every encoder is given
 ).split()
 
 
-def add_study_command(
-    command: Callable[..., argparse.ArgumentParser], extract_words: Mapping[str, tuple[str, str]]
-) -> None:
-    """Adds `study` to the commands; nothing heavy is imported before it runs."""
+def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("study", study, "encoders with and without their positions, by probes on every axis, as a grid")
     sub.add_argument("clips", help="as for extract")
     sub.add_argument("--labels", required=True, metavar="DATA", help="of the same clips, as for probe")
@@ -44,9 +42,7 @@ def add_study_command(
     sub.add_argument("--val", metavar="SHARE", type=float, help="of the clips (default: the dataset's split, or .1)")
     sub.add_argument("--threads", metavar="N", default=4, help="that read features (default: 4)")
     sub.add_argument("--keep", metavar="GB", default=4.0, help="of clips kept in memory, as for probe")
-    for word in JOB_WORDS:
-        placeholder, about = extract_words[word]
-        sub.add_argument(f"--{word.replace('_', '-')}", metavar=placeholder, help=about)
+    add_flags(sub, {word: WORDS[word] for word in JOB_WORDS})
     sub.add_argument("--size", metavar="HxW", help="pixels of every model's input (default: its own)")
     sub.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of every encoder's family")
     sub.add_argument("--skip-failed", action="store_true", help="train without clips that cannot be extracted")
