@@ -16,7 +16,7 @@ from spatialprobe.probes.report.charts import Scale
 from spatialprobe.probes.report.collect import collect
 from spatialprobe.probes.report.page import render
 from spatialprobe.probes.report.published import FIGURES, published
-from spatialprobe.probes.report.study import best_of, make_study
+from spatialprobe.probes.report.scores import best_of, make_scores
 from spatialprobe.probes.report.words import NONE, number
 from spatialprobe.probes.results import Result, write_results
 
@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 def report(*results: Result, tmp_path, title="T") -> tuple[Page, str]:
     write_results(tmp_path / "only" / "results.json", results)
-    page = render(make_study(collect([tmp_path / "only"])), title)
+    page = render(make_scores(collect([tmp_path / "only"])), title)
     return Page(page), page
 
 
@@ -72,7 +72,7 @@ def report(*results: Result, tmp_path, title="T") -> tuple[Page, str]:
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     runs = write_study(root)
-    made = make_study(collect([runs]))
+    made = make_scores(collect([runs]))
     return runs, made, Page(render(made, "A study"))
 
 
@@ -318,10 +318,10 @@ def test_a_copy_of_a_file_is_no_second_seed(tmp_path):
     one = make_result("instance", [source], {"loss": 1.0, "T-mIoU": 0.4, "T-SR": 0.1})
     for name in ("a", "b"):
         write_results(tmp_path / "runs" / name / "results.json", [one])
-    made = make_study(collect([tmp_path / "runs"]))
+    made = make_scores(collect([tmp_path / "runs"]))
     ((probes,),) = made.cells.values()
     assert len(probes.results) == 1
-    again = make_study(collect([tmp_path / "runs" / "a", tmp_path / "runs", tmp_path / "runs" / "a" / "results.json"]))
+    again = make_scores(collect([tmp_path / "runs" / "a", tmp_path / "runs", tmp_path / "runs" / "a" / "results.json"]))
     assert len(again.collection.runs) == 2
 
 
@@ -381,7 +381,7 @@ def test_hundreds_of_results_are_quick_and_small(tmp_path):
         made = [make_result("relation", [source], make_metrics("relation", draw), layer=i, step=run) for i in range(20)]
         write_results(tmp_path / "runs" / str(run) / "results.json", made)
     started = time.perf_counter()
-    page = render(make_study(collect([tmp_path / "runs"])), "many")
+    page = render(make_scores(collect([tmp_path / "runs"])), "many")
     assert time.perf_counter() - started < 10
     assert len(page) < 3_000_000
 

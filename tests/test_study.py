@@ -21,7 +21,7 @@ from spatialprobe.engine.types import FeatureSpec
 from spatialprobe.probes import INSTANCE, TAGGING, open_labels, train
 from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.study import run as study_run
-from spatialprobe.probes.study.asked import Study
+from spatialprobe.probes.study.job import StudyJob
 from spatialprobe.probes.study.table import cell
 
 FRAMES, SEEDS = 9, (1, 2)
@@ -152,7 +152,7 @@ def test_grids_have_the_layers_and_steps_that_a_store_has_several_of():
         ({"layers": (3,), "steps": (1, 2), "merge_steps": True}, {}),
     ):
         store = SimpleNamespace(spec=FeatureSpec(family="clip", weights="content:0", **several))
-        assert Study.grid(study, store) == {"position": ["none", "2d"], "seed": [1, 2]} | more
+        assert StudyJob.grid(study, store) == {"position": ["none", "2d"], "seed": [1, 2]} | more
 
 
 def test_the_summary_names_every_probe_and_its_place(study, encoders):

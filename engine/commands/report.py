@@ -17,7 +17,7 @@ def report(args: argparse.Namespace) -> int:
     from spatialprobe.engine.durable import write_whole
     from spatialprobe.probes.report.collect import collect
     from spatialprobe.probes.report.page import render
-    from spatialprobe.probes.report.study import make_study
+    from spatialprobe.probes.report.scores import make_scores
 
     out = Path(args.out)
     if out.is_dir():
@@ -26,7 +26,7 @@ def report(args: argparse.Namespace) -> int:
     not_read = [f"{path}: {why}" for path, why in collection.unread.items()]
     if not collection.runs:
         raise ValueError("none of the files could be read: " + "; ".join(not_read))
-    write_whole(out, render(make_study(collection), args.title))
+    write_whole(out, render(make_scores(collection), args.title))
     probes = sum(len(run.results) for run in collection.runs)
     print(f"{out}: {probes} probes of {len(collection.runs)} runs, {out.stat().st_size / 1e6:.2f} MB")
     for line in not_read:

@@ -12,7 +12,7 @@ from spatialprobe.engine.commands.probe import TASK_NAMES, Bar, pairs_of, value_
 
 if TYPE_CHECKING:
     from spatialprobe.probes.labels import Labels
-    from spatialprobe.probes.study.asked import Study
+    from spatialprobe.probes.study.job import StudyJob
 
 JOB_WORDS = (  # of `engine extract`, that every encoder is given
     "layout targets layers window start stride query short pool store_dtype compute compute_dtype "
@@ -51,7 +51,7 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def study(args: argparse.Namespace) -> int:
     from spatialprobe.probes.study.run import run_study
-    from spatialprobe.probes.study.table import study_table
+    from spatialprobe.probes.study.table import findings_table
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a study is one process: --devices shares extraction among GPUs, and each probe takes one")
@@ -60,24 +60,24 @@ def study(args: argparse.Namespace) -> int:
         return print_plan(asked)
     found = run_study(asked, tell=lambda line: print(line, file=sys.stderr), progress=Bar)
     if found.results:
-        print(study_table(found))
+        print(findings_table(found))
     print(f"{asked.out}: study.json, {len(found.results)} training runs of {len(asked.parts) * len(asked.axes)}")
     for name, why in found.failed.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     return 0 if found.whole else 1
 
 
-def read_study(args: argparse.Namespace) -> "Study":
+def read_study(args: argparse.Namespace) -> "StudyJob":
     """Raises ValueError for words that no encoder could be run with."""
     from spatialprobe.engine.job import numbers, positive, share
     from spatialprobe.probes.labels import open_labels
-    from spatialprobe.probes.study.asked import Study
+    from spatialprobe.probes.study.job import StudyJob
 
     labels = open_labels(args.labels, **({} if args.classes is None else {"classes": args.classes}))
     tasks = args.tasks.split(",") if args.tasks else tasks_of(labels)
     options = pairs_of(args.option) | ({"size": args.size} if args.size else {})
     given = {name: getattr(args, name) for name in ("clips", *JOB_WORDS)}
-    return Study(
+    return StudyJob(
         out=Path(args.out),
         encoders=named_encoders(args.encoders),
         pos_embed=tuple(args.pos_embed.split(",")),
@@ -141,7 +141,7 @@ def settings_of(tasks: list[str], pairs: Mapping[str, str]) -> dict[str, dict[st
     return settings
 
 
-def print_plan(asked: "Study") -> int:
+def print_plan(asked: "StudyJob") -> int:
     """What would be extracted and trained. Returns 1 if some encoder could not be."""
     from spatialprobe.engine.dryrun import plan_lines
     from spatialprobe.probes.study.run import attempt, check_views

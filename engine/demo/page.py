@@ -24,7 +24,7 @@ from spatialprobe.probes.labels import open_labels
 from spatialprobe.probes.report.collect import collect
 from spatialprobe.probes.report.markup import Html, element, fold, scroll
 from spatialprobe.probes.report.page import Section, render
-from spatialprobe.probes.report.study import make_study
+from spatialprobe.probes.report.scores import make_scores
 
 SHOWN = (0, 8, 16)  # frames of each clip; every model has rows that see them
 OPEN = 2  # clips that are seen at once; the others unfold
@@ -72,9 +72,11 @@ def write_page(root: Path, shows: Sequence[Showcase], commands: Sequence[str], f
         ),
         class_="lead",
     )
-    study = make_study(collect([root / "probes"]))
+    scores = make_scores(collect([root / "probes"]))
     page = root / "index.html"
-    write_whole(page, render(study, f"What two models make of {len(clips)} rooms", intro=intro, first=first, last=last))
+    write_whole(
+        page, render(scores, f"What two models make of {len(clips)} rooms", intro=intro, first=first, last=last)
+    )
     return page
 
 

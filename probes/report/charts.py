@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element, scroll
-from spatialprobe.probes.report.study import KINDS, Bench, Features, Study
+from spatialprobe.probes.report.scores import KINDS, Bench, Features, Scores
 from spatialprobe.probes.report.words import number
 from spatialprobe.probes.results import Result, varied
 
@@ -94,11 +94,11 @@ def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[Html]:
 # -- semantics against geometry ---------------------------------------------------------------------------------------
 
 
-def scatter(study: Study, across: tuple[Bench, Measure], up: tuple[Bench, Measure]) -> Html | None:
+def scatter(scores: Scores, across: tuple[Bench, Measure], up: tuple[Bench, Measure]) -> Html | None:
     """A mark for each row with both numbers, better to the right and up; None for fewer than two."""
     points = []
-    for row in study.rows:
-        probes = study.best(row, across[0]), study.best(row, up[0])
+    for row in scores.rows:
+        probes = scores.best(row, across[0]), scores.best(row, up[0])
         if all(probes):
             x, y = probes[0].mean(across[1].metric), probes[1].mean(up[1].metric)
             points += [(row, x, y)] * (math.isfinite(x) and math.isfinite(y))
@@ -107,7 +107,7 @@ def scatter(study: Study, across: tuple[Bench, Measure], up: tuple[Bench, Measur
     x = scale([p[1] for p in points], LEFT, WIDTH - RIGHT, higher=across[1].higher)
     y = scale([p[2] for p in points], HEIGHT - BOTTOM, TOP, higher=up[1].higher)
     titles = [
-        f"{study.with_title(b)}: {m.heading}, {'more' if m.higher else 'less'} is better" for b, m in (across, up)
+        f"{scores.with_title(b)}: {m.heading}, {'more' if m.higher else 'less'} is better" for b, m in (across, up)
     ]
     marks = [mark(row, x(a), y(b)) for row, a, b in points]
     said = "; ".join(f"{row.name} {number(a)}, {number(b)}" for row, a, b in points)

@@ -1,4 +1,4 @@
-"""Comparisons within a study: joined features with each part alone, and an encoder's positions with the probe's."""
+"""Comparisons of rows: joined features with each part alone, and an encoder's positions with the probe's."""
 
 import json
 import math
@@ -9,23 +9,23 @@ from typing import get_args
 from spatialprobe.probes.backbone import Position
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element
-from spatialprobe.probes.report.study import JOINED, Bench, Features, Probes, Study, best_of
+from spatialprobe.probes.report.scores import JOINED, Bench, Features, Probes, Scores, best_of
 from spatialprobe.probes.report.tables import bench_head, titled_table, value_cell
 from spatialprobe.probes.report.words import number, place, told
 
 
-def fusion_tables(study: Study) -> Iterator[Html]:
+def fusion_tables(scores: Scores) -> Iterator[Html]:
     """For each set of joined features: each part alone, on the same clips and where it can be in the same place; the
     joined; and what joining adds to the better part."""
-    alone = {row.key[0]: row for row in study.rows if len(row.key) == 1}
-    for row in study.by_kind.get(JOINED, []):
-        benches = [bench for bench in study.benches if study.best(row, bench)]
+    alone = {row.key[0]: row for row in scores.rows if len(row.key) == 1}
+    for row in scores.by_kind.get(JOINED, []):
+        benches = [bench for bench in scores.benches if scores.best(row, bench)]
         lines: list[list[Html]] = [[] for _ in row.key]
         joined, gains = [], []
         for bench in benches:
-            both = study.best(row, bench)
+            both = scores.best(row, bench)
             there = zip(row.key, both.places, strict=True)
-            singles = [single(study, alone.get(part), bench, where) for part, where in there]
+            singles = [single(scores, alone.get(part), bench, where) for part, where in there]
             for m in bench.axis.measures:
                 values = [p.mean(m.metric) if p else math.nan for p in singles]
                 x, better = both.mean(m.metric), m.best(values)
@@ -36,7 +36,7 @@ def fusion_tables(study: Study) -> Iterator[Html]:
                 gains.append(gain_cell(x, better if all(map(math.isfinite, values)) else None, m))
             for line, p in zip(lines, singles, strict=True):
                 line.append(element("td", told_place(p) if p else "not measured alone", class_="from"))
-            joined.append(element("td", told(both, study.cells[row, bench]), class_="from"))
+            joined.append(element("td", told(both, scores.cells[row, bench]), class_="from"))
             gains.append(element("td", class_="from"))
         body = [
             element("tr", element("th", f"{name}, alone", scope="row"), line)
@@ -44,12 +44,12 @@ def fusion_tables(study: Study) -> Iterator[Html]:
         ]
         body.append(element("tr", element("th", "joined", scope="row"), joined))
         body.append(element("tr", element("th", "gain over the better part", scope="row"), gains, class_="mean"))
-        yield titled_table(f"{row.name}: alone and joined", bench_head(study, benches), [element("tbody", body)])
+        yield titled_table(f"{row.name}: alone and joined", bench_head(scores, benches), [element("tbody", body)])
 
 
-def single(study: Study, row: Features | None, bench: Bench, where: tuple[int, int | None]) -> Probes | None:
+def single(scores: Scores, row: Features | None, bench: Bench, where: tuple[int, int | None]) -> Probes | None:
     """A part's own probe: of the same layer and step as in the joined, else its best."""
-    there = study.cells.get((row, bench), []) if row else []
+    there = scores.cells.get((row, bench), []) if row else []
     return best_of([p for p in there if p.places == (where,)]) or best_of(there)
 
 
@@ -71,12 +71,12 @@ def gain_cell(x: float, better: float | None, measure: Measure) -> Html:
 # -- encoders by positions --------------------------------------------------------------------------------------------
 
 
-def encoder_grids(study: Study) -> Iterator[tuple[Bench, Html]]:
+def encoder_grids(scores: Scores) -> Iterator[tuple[Bench, Html]]:
     """(bench, grid of encoders and their positions x the probe's positions), where results differ in either."""
-    for bench in study.benches:
+    for bench in scores.benches:
         grid: dict[tuple[str, str, str], dict[str, list[Probes]]] = defaultdict(lambda: defaultdict(list))
-        for row in study.rows:
-            for probes in study.cells.get((row, bench), ()):
+        for row in scores.rows:
+            for probes in scores.cells.get((row, bench), ()):
                 if len(row.key) == 1 and (encoder := without_positions(row)):
                     grid[encoder][str(probes.first.config.get("position"))].append(probes)
         varied = {e for e in grid if len(grid[e]) > 1 or any(other[:2] == e[:2] and other != e for other in grid)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from spatialprobe.probes.report.charts import curves
 from spatialprobe.probes.report.collect import ProbeRun
 from spatialprobe.probes.report.markup import Html, element, fold
-from spatialprobe.probes.report.study import Study, model_name
+from spatialprobe.probes.report.scores import Scores, model_name
 from spatialprobe.probes.report.tables import titled_table, value_cell
 from spatialprobe.probes.report.words import place
 from spatialprobe.probes.results import Result, varied
@@ -18,35 +18,35 @@ PICTURES = 24_000_000  # bytes of pictures that a page may hold
 PROBES = 400  # lines of one run's table
 
 
-def spec_folds(study: Study) -> Iterator[Html]:
-    for key, facts in study.collection.stores.items():
+def spec_folds(scores: Scores) -> Iterator[Html]:
+    for key, facts in scores.collection.stores.items():
         inside = [element("p", "Store ", element("code", facts.name), ", spec ", element("code", facts.spec_hash))]
         if facts.spec is not None:
-            inside.append(code(facts.about | asdict(facts.spec), f"Spec of {study.names[key]}"))
+            inside.append(code(facts.about | asdict(facts.spec), f"Spec of {scores.names[key]}"))
         if facts.missing:
             inside.append(element("p", "Missing: ", "; ".join(facts.missing), ".", class_="note"))
-        yield fold(study.names[key], inside)
+        yield fold(scores.names[key], inside)
 
 
-def run_folds(study: Study) -> Iterator[Html]:
+def run_folds(scores: Scores) -> Iterator[Html]:
     """A fold per `results.json`. Pictures are embedded as far as PICTURES goes, and named beyond it."""
     shown = {
-        id(result) for row in study.rows for b in study.benches if (p := study.best(row, b)) for result in p.results
+        id(result) for row in scores.rows for b in scores.benches if (p := scores.best(row, b)) for result in p.results
     }
     room = PICTURES
-    for run in study.collection.runs:
+    for run in scores.collection.runs:
         pictures = []
         for path in run.pictures:
             data = path.read_bytes()
             fits = len(data) <= room
             room -= len(data) if fits else 0
             pictures.append(picture(path, data) if fits else element("p", f"{path} is too large for this page."))
-        yield fold(run_title(study, run), probe_run(run, shown), pictures)
+        yield fold(run_title(scores, run), probe_run(run, shown), pictures)
 
 
-def run_title(study: Study, run: ProbeRun) -> str:
+def run_title(scores: Scores, run: ProbeRun) -> str:
     first, count = run.results[0], len(run.results)
-    models = " + ".join(dict.fromkeys(model_name(facts) for facts in study.collection.parts(first)))
+    models = " + ".join(dict.fromkeys(model_name(facts) for facts in scores.collection.parts(first)))
     return f"{first.task}, {models}: {count} {'probe' if count == 1 else 'probes'}"
 
 

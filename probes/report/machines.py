@@ -5,7 +5,7 @@ from typing import Any
 
 from spatialprobe.probes.report.collect import StoreFacts
 from spatialprobe.probes.report.markup import Html, element, fold
-from spatialprobe.probes.report.study import Study
+from spatialprobe.probes.report.scores import Scores
 from spatialprobe.probes.report.tables import titled_table
 from spatialprobe.probes.report.words import NONE, number, size
 
@@ -15,13 +15,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def machine_tables(study: Study) -> Iterator[Html]:
+def machine_tables(scores: Scores) -> Iterator[Html]:
     """A line per store and run, then the seconds of every stage behind a fold."""
     lines, stages = [], []
-    for key, facts in study.collection.stores.items():
+    for key, facts in scores.collection.stores.items():
         timed = {name: record for name, record in facts.runs.items() if timing_of(record).get("seconds")}
         for i, (name, record) in enumerate((timed or {"": {}}).items()):
-            title = study.names[key] + (f", {name.removesuffix('.json')}" if len(timed) > 1 else "")
+            title = scores.names[key] + (f", {name.removesuffix('.json')}" if len(timed) > 1 else "")
             disk = disk_cells(facts) if i == 0 else [NONE] * 3
             cells = [element("td", cell) for cell in [*disk, *speed_cells(record)]]
             lines.append(element("tr", element("th", title, scope="row"), cells))

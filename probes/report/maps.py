@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterable, Iterator
 
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element
-from spatialprobe.probes.report.study import Features, Study, best_of
+from spatialprobe.probes.report.scores import Features, Scores, best_of
 from spatialprobe.probes.report.tables import titled_table, value_cell
 
 SHADES = 9  # of a map's cells
 
 
-def layer_maps(study: Study, row: Features) -> Iterator[Html]:
+def layer_maps(scores: Scores, row: Features) -> Iterator[Html]:
     """For each bench with probes of several layers or steps: the first number at each, of the best probe there."""
-    for bench in study.benches if len(row.key) == 1 else ():
+    for bench in scores.benches if len(row.key) == 1 else ():
         measure, by_place = bench.axis.headline, defaultdict(list)
-        for probes in study.cells.get((row, bench), ()):
+        for probes in scores.cells.get((row, bench), ()):
             by_place[probes.places].append(probes)
         if len(by_place) > 1:
             at = {places[0]: best_of(there) for places, there in by_place.items()}
             values = {where: p.mean(measure.metric) for where, p in at.items() if p}
-            yield layer_map(f"{study.with_title(bench)}: {measure.heading}", row, measure, values)
+            yield layer_map(f"{scores.with_title(bench)}: {measure.heading}", row, measure, values)
 
 
 def layer_map(title: str, row: Features, measure: Measure, values: dict[tuple[int, int | None], float]) -> Html:

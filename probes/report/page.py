@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from spatialprobe.probes.report.markup import Html, element
+from spatialprobe.probes.report.scores import Scores
 from spatialprobe.probes.report.sections import Section, report_sections, summary
-from spatialprobe.probes.report.study import Study
 from spatialprobe.probes.report.style import CSS
 
 __all__ = ["Section", "render"]
@@ -13,7 +13,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothi
 
 
 def render(
-    study: Study,
+    scores: Scores,
     title: str,
     *,
     intro: Html | None = None,  # in the place of the report's own summary
@@ -21,12 +21,12 @@ def render(
     last: Sequence[Section] = (),
 ) -> str:
     """The whole page; sections without content are left out."""
-    sections = [section for section in [*first, *report_sections(study), *last] if section.content]
+    sections = [section for section in [*first, *report_sections(scores), *last] if section.content]
     links = [element("li", element("a", s.title, href=f"#{s.name}")) for s in sections]
     header = element(
         "header",
         element("h1", title),
-        intro or element("p", summary(study), class_="lead"),
+        intro or element("p", summary(scores), class_="lead"),
         element("nav", element("ul", links), aria_label="Sections"),
     )
     main = [

@@ -8,7 +8,7 @@ from spatialprobe.engine.questions.types import LEVELS
 from spatialprobe.probes.labels.relations import KINDS, NAMES
 from spatialprobe.probes.report.axes import Measure
 from spatialprobe.probes.report.markup import Html, element, fold
-from spatialprobe.probes.report.study import Bench, Features, Probes, Study
+from spatialprobe.probes.report.scores import Bench, Features, Probes, Scores
 from spatialprobe.probes.report.tables import bar_cell, heading, titled_table, value_cell
 
 BY_LEVEL = (
@@ -31,9 +31,9 @@ MAIN = {  # kind -> the number of a relation that its bar shows
 }
 
 
-def relation_tables(study: Study, bench: Bench, before: str) -> Iterator[Html]:
+def relation_tables(scores: Scores, bench: Bench, before: str) -> Iterator[Html]:
     """`before` is put before each heading."""
-    rows = [(row, p) for row in study.rows if (p := study.best(row, bench))]
+    rows = [(row, p) for row in scores.rows if (p := scores.best(row, bench))]
     for measure in BY_LEVEL:
         if any(p.values(measure.metric) for _, p in rows):
             yield element("h3", before + measure.heading)

@@ -13,8 +13,8 @@ from spatialprobe.probes.report.maps import layer_maps
 from spatialprobe.probes.report.markup import Html, element, fold
 from spatialprobe.probes.report.published import FIGURES, SOURCE
 from spatialprobe.probes.report.relations import relation_tables
-from spatialprobe.probes.report.study import Bench, Study, best_of
-from spatialprobe.probes.report.tables import study_table
+from spatialprobe.probes.report.scores import Bench, Scores, best_of
+from spatialprobe.probes.report.tables import scores_table
 from spatialprobe.probes.report.words import HAS_ITS_OWN_PLACE, NONE, number
 from spatialprobe.probes.results import varied
 
@@ -30,9 +30,9 @@ class Section:
     content: Sequence[Html]
 
 
-def summary(study: Study) -> str:
-    probes = sum(len(run.results) for run in study.collection.runs)
-    rows, files = len(study.rows), len(study.collection.runs)
+def summary(scores: Scores) -> str:
+    probes = sum(len(run.results) for run in scores.collection.runs)
+    rows, files = len(scores.rows), len(scores.collection.runs)
     return (
         f"A probe is a small model that reads features of a large, frozen one. What it scores on clips that it was not "
         f"trained on says what the features hold. Here are {counted(probes, 'probe')} on {counted(rows, 'choice')} of "
@@ -44,36 +44,36 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def report_sections(study: Study) -> Iterator[Section]:
-    yield Section("glance", "At a glance", list(glance(study)))
-    yield Section("study", "The study's table", list(study_section(study)))
-    yield Section("complementarity", "Semantics against geometry", list(scatter_section(study)))
-    yield Section("layers", "Layers and noise steps", list(layer_section(study)))
-    yield Section("fusion", "What joining adds", list(fusion_section(study)))
-    yield Section("relations", "Relations by level and type", list(relation_section(study)))
-    yield Section("encoders", "Encoders and positions", list(encoder_section(study)))
-    yield Section("speed", "Throughput and disk", list(machine_section(study)))
-    yield Section("details", "Specs, settings, curves", list(detail_section(study)))
-    yield Section("missing", "What is missing", list(missing_section(study)))
+def report_sections(scores: Scores) -> Iterator[Section]:
+    yield Section("glance", "At a glance", list(glance(scores)))
+    yield Section("study", "The study's table", list(table_section(scores)))
+    yield Section("complementarity", "Semantics against geometry", list(scatter_section(scores)))
+    yield Section("layers", "Layers and noise steps", list(layer_section(scores)))
+    yield Section("fusion", "What joining adds", list(fusion_section(scores)))
+    yield Section("relations", "Relations by level and type", list(relation_section(scores)))
+    yield Section("encoders", "Encoders and positions", list(encoder_section(scores)))
+    yield Section("speed", "Throughput and disk", list(machine_section(scores)))
+    yield Section("details", "Specs, settings, curves", list(detail_section(scores)))
+    yield Section("missing", "What is missing", list(missing_section(scores)))
 
 
 # -- at a glance ------------------------------------------------------------------------------------------------------
 
 
-def glance(study: Study) -> Iterator[Html]:
+def glance(scores: Scores) -> Iterator[Html]:
     """A card per task, of the set of clips that most features were measured on."""
     cards = []
-    for task in dict.fromkeys(bench.task for bench in study.benches):
-        benches = [bench for bench in study.benches if bench.task == task]
-        cards.append(card(study, max(benches, key=lambda b: sum((row, b) in study.cells for row in study.rows))))
+    for task in dict.fromkeys(bench.task for bench in scores.benches):
+        benches = [bench for bench in scores.benches if bench.task == task]
+        cards.append(card(scores, max(benches, key=lambda b: sum((row, b) in scores.cells for row in scores.rows))))
     if cards:
         yield element("div", cards, class_="cards")
 
 
-def card(study: Study, bench: Bench) -> Html:
+def card(scores: Scores, bench: Bench) -> Html:
     """An axis: what it asks, and the best rows by its first number."""
     measure = bench.axis.headline
-    there = [(row, p.mean(measure.metric)) for row in study.rows if (p := study.best(row, bench))]
+    there = [(row, p.mean(measure.metric)) for row in scores.rows if (p := scores.best(row, bench))]
     there = [(row, x) for row, x in there if x == x]
     if measure.higher is not None:
         there.sort(key=lambda one: one[1], reverse=measure.higher)
@@ -91,7 +91,7 @@ def card(study: Study, bench: Bench) -> Html:
     better = {True: ", higher is better", False: ", lower is better", None: ""}[measure.higher]
     return element(
         "article",
-        element("h3", study.with_title(bench)),
+        element("h3", scores.with_title(bench)),
         element("p", bench.axis.question or None),
         element("p", f"{measure.heading}{better}", class_="note"),
         element("ol", items) if items else element("p", "No probe has this number.", class_="note"),
@@ -102,8 +102,8 @@ def card(study: Study, bench: Bench) -> Html:
 # -- the other sections -----------------------------------------------------------------------------------------------
 
 
-def study_section(study: Study) -> Iterator[Html]:
-    if not study.benches:
+def table_section(scores: Scores) -> Iterator[Html]:
+    if not scores.benches:
         return
     yield element(
         "p",
@@ -112,48 +112,48 @@ def study_section(study: Study) -> Iterator[Html]:
         f" is the best measured number of its column, {NONE} is what was not measured. “Read from” names the block and "
         "noise step, and whatever else was varied.",
     )
-    yield study_table(study)
-    yield element("ul", [element("li", note) for note in study_notes(study)], class_="notes")
+    yield scores_table(scores)
+    yield element("ul", [element("li", note) for note in table_notes(scores)], class_="notes")
     measures = [
-        m for task in dict.fromkeys(b.task for b in study.benches) if task in BY_TASK for m in BY_TASK[task].measures
+        m for task in dict.fromkeys(b.task for b in scores.benches) if task in BY_TASK for m in BY_TASK[task].measures
     ]
     if measures:
         terms = [(element("dt", m.heading + m.arrow), element("dd", m.meaning)) for m in measures]
         yield fold("What the numbers mean", element("dl", terms))
 
 
-def study_notes(study: Study) -> Iterator[str]:
+def table_notes(scores: Scores) -> Iterator[str]:
     titles: dict[str, list[str]] = {}
-    for bench in study.benches:
-        titles.setdefault(bench_words(bench), []).append(study.with_title(bench))
+    for bench in scores.benches:
+        titles.setdefault(bench_words(bench), []).append(scores.with_title(bench))
     for words, same in titles.items():
         yield f"{', '.join(same)}: {words}."
-    for task in dict.fromkeys(bench.task for bench in study.benches):
-        benches = [bench for bench in study.benches if bench.task == task]
+    for task in dict.fromkeys(bench.task for bench in scores.benches):
+        benches = [bench for bench in scores.benches if bench.task == task]
         if len(benches) > 1:
             yield (
                 f"{benches[0].axis.title} was measured on {len(benches)} sets of data or clips: each has columns of "
                 "its own, and numbers of two sets are not comparable."
             )
-    chosen = {task: criterion(task) for task in dict.fromkeys(bench.task for bench in study.benches)}
+    chosen = {task: criterion(task) for task in dict.fromkeys(bench.task for bench in scores.benches)}
     told = "; ".join(f"{task} by {'the most' if m.higher else 'the least'} {m.heading}" for task, m in chosen.items())
     yield (
         f"Where several probes read the same features, the table shows one, chosen on the validation clips: {told}. "
         "The numbers are of these same clips, so those of the best of many flatter it."
     )
-    for bench in study.benches:
-        shown = [p.first for row in study.rows if (p := study.best(row, bench))]
+    for bench in scores.benches:
+        shown = [p.first for row in scores.rows if (p := scores.best(row, bench))]
         differing = [n for n in varied(shown)[0] if n not in HAS_ITS_OWN_PLACE] if shown else []
         if differing:
-            yield f"{study.with_title(bench)}: settings of the probes differ between rows in {', '.join(differing)}."
-    if any(facts.spec and facts.spec.family == "points" for facts in study.collection.stores.values()):
+            yield f"{scores.with_title(bench)}: settings of the probes differ between rows in {', '.join(differing)}."
+    if any(facts.spec and facts.spec.family == "points" for facts in scores.collection.stores.values()):
         yield (
             "Rows with points read point maps. Where these are the labels' own, they hold the answer to geometry and "
             "to relations of lengths: such numbers say what a probe can do, not what a model knows."
         )
-    if any(len(p.results) > 1 for there in study.cells.values() for p in there):
+    if any(len(p.results) > 1 for there in scores.cells.values() for p in there):
         yield "A number with ± is the mean over seeds, or over runs of one seed, and their standard deviation."
-    if any(preset in FIGURES for row in study.rows for preset in row.presets):
+    if any(preset in FIGURES for row in scores.rows for preset in row.presets):
         yield (
             f"Rows in italics are figures published in {SOURCE}, as shares of 1. They are of its own clips and labels "
             "and not comparable with measured rows unless those used the same data, split and settings."
@@ -171,16 +171,16 @@ def bench_words(bench: Bench) -> str:
     return "; ".join(words)
 
 
-def scatter_section(study: Study) -> Iterator[Html]:
+def scatter_section(scores: Scores) -> Iterator[Html]:
     """Semantic numbers up, geometric ones to the right; of each pair of benches."""
     pairs = ((("tagging", 0), ("geometry", 0)), (("instance", 0), ("geometry", 1)))
     drawn = []
     for (semantic, i), (geometric, j) in pairs:
         benches = product(
-            [b for b in study.benches if b.task == geometric], [b for b in study.benches if b.task == semantic]
+            [b for b in scores.benches if b.task == geometric], [b for b in scores.benches if b.task == semantic]
         )
         for across, up in benches:
-            drawn.append(scatter(study, (across, across.axis.measures[j]), (up, up.axis.measures[i])))
+            drawn.append(scatter(scores, (across, across.axis.measures[j]), (up, up.axis.measures[i])))
     drawn = [chart for chart in drawn if chart is not None][:CHARTS]
     if drawn:
         yield element(
@@ -191,9 +191,9 @@ def scatter_section(study: Study) -> Iterator[Html]:
         yield element("div", drawn, class_="pair")
 
 
-def layer_section(study: Study) -> Iterator[Html]:
+def layer_section(scores: Scores) -> Iterator[Html]:
     """A row of maps for each model, the first few of which are seen at once."""
-    shown = [(row, maps) for row in study.rows if (maps := list(layer_maps(study, row)))]
+    shown = [(row, maps) for row in scores.rows if (maps := list(layer_maps(scores, row)))]
     drawn = [[element("h3", row.name), element("div", maps, class_="maps")] for row, maps in shown]
     if drawn:
         yield element(
@@ -206,8 +206,8 @@ def layer_section(study: Study) -> Iterator[Html]:
             yield fold(f"{len(drawn) - SEEN} more", drawn[SEEN:])
 
 
-def fusion_section(study: Study) -> Iterator[Html]:
-    tables = list(fusion_tables(study))
+def fusion_section(scores: Scores) -> Iterator[Html]:
+    tables = list(fusion_tables(scores))
     if tables:
         yield element(
             "p",
@@ -217,14 +217,14 @@ def fusion_section(study: Study) -> Iterator[Html]:
         yield from tables
 
 
-def relation_section(study: Study) -> Iterator[Html]:
-    benches = [bench for bench in study.benches if bench.task == "relation"]
+def relation_section(scores: Scores) -> Iterator[Html]:
+    benches = [bench for bench in scores.benches if bench.task == "relation"]
     for bench in benches:
-        yield from relation_tables(study, bench, "" if len(benches) == 1 else f"{study.with_title(bench)}: ")
+        yield from relation_tables(scores, bench, "" if len(benches) == 1 else f"{scores.with_title(bench)}: ")
 
 
-def encoder_section(study: Study) -> Iterator[Html]:
-    grids = list(encoder_grids(study))
+def encoder_section(scores: Scores) -> Iterator[Html]:
+    grids = list(encoder_grids(scores))
     if grids:
         yield element(
             "p",
@@ -232,37 +232,37 @@ def encoder_section(study: Study) -> Iterator[Html]:
             "probe itself turns its tokens by where they are (rotary positions).",
         )
     for bench, grid in grids:
-        yield element("h3", study.with_title(bench))
+        yield element("h3", scores.with_title(bench))
         yield grid
 
 
-def machine_section(study: Study) -> Iterator[Html]:
+def machine_section(scores: Scores) -> Iterator[Html]:
     yield element(
         "p",
         "Of the extraction runs, as their stores record them. Stages of loading and writing run beside the device, and "
         "add up over threads.",
     )
-    yield from machine_tables(study)
+    yield from machine_tables(scores)
 
 
-def detail_section(study: Study) -> Iterator[Html]:
+def detail_section(scores: Scores) -> Iterator[Html]:
     yield element("h3", "Stores")
-    yield from spec_folds(study)
+    yield from spec_folds(scores)
     yield element("h3", "Probe runs")
-    yield from run_folds(study)
+    yield from run_folds(scores)
 
 
-def missing_section(study: Study) -> Iterator[Html]:
-    lines: list[str] = [f"{path}: not read: {why}" for path, why in study.collection.unread.items()]
-    for facts in study.collection.stores.values():
+def missing_section(scores: Scores) -> Iterator[Html]:
+    lines: list[str] = [f"{path}: not read: {why}" for path, why in scores.collection.unread.items()]
+    for facts in scores.collection.stores.values():
         lines += [f"{facts.name} ({facts.spec_hash}): {why}" for why in facts.missing]
-    for (row, bench), there in study.cells.items():
+    for (row, bench), there in scores.cells.items():
         if best_of(there) is None:
             by = criterion(bench.task).heading
             lines.append(
-                f"{study.with_title(bench)} of {row.name}: none of {len(there)} probes has the {by} to choose by."
+                f"{scores.with_title(bench)} of {row.name}: none of {len(there)} probes has the {by} to choose by."
             )
-    failed = sum(not result.metrics for result in study.collection.results)
+    failed = sum(not result.metrics for result in scores.collection.results)
     if failed:
         lines.append(f"{counted(failed, 'probe')} ended without numbers (see the runs above).")
     if lines:

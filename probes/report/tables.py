@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from spatialprobe.probes.report.markup import Html, element, scroll
 from spatialprobe.probes.report.published import SOURCE, published
-from spatialprobe.probes.report.study import KINDS, Bench, Features, Probes, Study, best_of
+from spatialprobe.probes.report.scores import KINDS, Bench, Features, Probes, Scores, best_of
 from spatialprobe.probes.report.words import number, told
 
 
@@ -30,38 +30,38 @@ def bar_cell(x: float, *, best: bool = False, spread: float | None = None) -> Ht
     return Html(cell.removesuffix("</td>") + bar + "</td>")
 
 
-# -- the study --------------------------------------------------------------------------------------------------------
+# -- the table --------------------------------------------------------------------------------------------------------
 
 
-def study_table(study: Study) -> Html:
+def scores_table(scores: Scores) -> Html:
     """Features x axes. Bold is the best measured number of a column; family means and published figures never are."""
-    columns = [(bench, measure) for bench in study.benches for measure in bench.axis.measures]
-    probes = {place: best_of(there) for place, there in study.cells.items()}
+    columns = [(bench, measure) for bench in scores.benches for measure in bench.axis.measures]
+    probes = {place: best_of(there) for place, there in scores.cells.items()}
     best = {
         (bench, measure): measure.top(p.mean(measure.metric) for (_, b), p in probes.items() if p and b == bench)
         for bench, measure in columns
     }
     groups = []
-    for kind, rows in study.by_kind.items():
-        width = 1 + len(columns) + len(study.benches)
+    for kind, rows in scores.by_kind.items():
+        width = 1 + len(columns) + len(scores.benches)
         lines = [element("tr", element("th", kind, scope="rowgroup", colspan=width, class_="kind"))]
         for row in rows:
             cells = []
-            for bench in study.benches:
+            for bench in scores.benches:
                 p = probes.get((row, bench))
                 for measure in bench.axis.measures:
                     x = p.mean(measure.metric) if p else math.nan
                     cells.append(
                         value_cell(x, best=x == best[bench, measure], spread=p.spread(measure.metric) if p else None)
                     )
-                cells.append(element("td", told(p, study.cells[row, bench]) if p else None, class_="from"))
+                cells.append(element("td", told(p, scores.cells[row, bench]) if p else None, class_="from"))
             lines.append(element("tr", element("th", row.name, scope="row"), cells))
-            lines += published_row(row, study.benches)
+            lines += published_row(row, scores.benches)
         if kind in KINDS and len(rows) > 1:
-            lines.append(mean_row(rows, study.benches, probes))
+            lines.append(mean_row(rows, scores.benches, probes))
         groups.append(element("tbody", lines))
-    groups += chance_rows(study)
-    return titled_table("Features by axes", bench_head(study, study.benches), groups, class_="study")
+    groups += chance_rows(scores)
+    return titled_table("Features by axes", bench_head(scores, scores.benches), groups, class_="study")
 
 
 def published_row(row: Features, benches: Sequence[Bench]) -> Iterator[Html]:
@@ -94,13 +94,13 @@ def mean_row(
     return element("tr", element("th", f"mean of the {len(rows)}", scope="row"), cells, class_="mean")
 
 
-def chance_rows(study: Study) -> Iterator[Html]:
+def chance_rows(scores: Scores) -> Iterator[Html]:
     """What answers in random order are expected to score, where results say so."""
     cells, known = [], False
-    for bench in study.benches:
+    for bench in scores.benches:
         found = {
             result.metrics[bench.axis.chance]
-            for (_, b), there in study.cells.items()
+            for (_, b), there in scores.cells.items()
             for probes in there
             for result in probes.results
             if b == bench and bench.axis.chance in result.metrics
@@ -115,11 +115,11 @@ def chance_rows(study: Study) -> Iterator[Html]:
         yield element("tbody", element("tr", title), line)
 
 
-def bench_head(study: Study, benches: Sequence[Bench]) -> list[Html]:
+def bench_head(scores: Scores, benches: Sequence[Bench]) -> list[Html]:
     """Two lines of headings: the axes, and their measures with where they are read from."""
     top, names = [element("th", "features", scope="col", rowspan=2)], []
     for bench in benches:
-        top.append(element("th", study.with_title(bench), scope="colgroup", colspan=1 + len(bench.axis.measures)))
+        top.append(element("th", scores.with_title(bench), scope="colgroup", colspan=1 + len(bench.axis.measures)))
         names += [heading(m.heading + m.arrow) for m in bench.axis.measures]
         names.append(element("th", "read from", scope="col", class_="from"))
     return [element("tr", top), element("tr", names)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from spatialprobe.probes.report.study import Probes
+from spatialprobe.probes.report.scores import Probes
 from spatialprobe.probes.results import varied
 
 NONE = "\u2013"  # what a number is that is not there

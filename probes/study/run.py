@@ -26,7 +26,7 @@ from spatialprobe.engine.types import Refused
 from spatialprobe.probes.loop import TASKS, TrainProgress, train
 from spatialprobe.probes.results import Result, read_results, split_hash
 from spatialprobe.probes.setup import sampling_of, split
-from spatialprobe.probes.study.asked import SUMMARY, Part, Study
+from spatialprobe.probes.study.job import SUMMARY, Part, StudyJob
 from spatialprobe.probes.task import ProbeConfig
 
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError, ImportError)  # of one part: the others go on
@@ -48,7 +48,7 @@ class Findings:
 
 
 def run_study(
-    study: Study,
+    study: StudyJob,
     *,
     tell: Callable[[str], object] = lambda line: None,
     progress: Callable[[], Callable[[TrainProgress], object]] = lambda: lambda state: None,  # makes one for each run
@@ -74,7 +74,7 @@ def run_study(
 
 
 def run_part(
-    study: Study, part: Part, tell: Callable[[str], object], progress: Callable
+    study: StudyJob, part: Part, tell: Callable[[str], object], progress: Callable
 ) -> Iterator[tuple[str, str, list[Result]]]:  # (task, why it failed or "", results)
     """What becomes of each task; of none where there are no features."""
     store, why = attempt(lambda: extracted(study, part, tell))
@@ -104,7 +104,7 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str]:
 # -- one part ---------------------------------------------------------------------------------------------------------
 
 
-def extracted(study: Study, part: Part, tell: Callable[[str], object]) -> FeatureStore:
+def extracted(study: StudyJob, part: Part, tell: Callable[[str], object]) -> FeatureStore:
     """The part's store, whole. Raises ValueError if it cannot be."""
     job = study.job(part)
     check_views(study, job)
@@ -130,7 +130,7 @@ def run_here(job: Job) -> tuple[Report, Path]:
     return report, store.root
 
 
-def check_views(study: Study, job: Job) -> None:
+def check_views(study: StudyJob, job: Job) -> None:
     """Raises ValueError where the features would not see the frames that probes are shown. Needs no weights."""
     resolved = resolve(job)
     frames = resolved.spec.frames.window
@@ -150,7 +150,7 @@ def check_views(study: Study, job: Job) -> None:
             )
 
 
-def trained(study: Study, part: Part, store: FeatureStore, task: str, progress: Callable) -> list[Result]:
+def trained(study: StudyJob, part: Part, store: FeatureStore, task: str, progress: Callable) -> list[Result]:
     """The results of a part's probes, from their file if that is of this very run."""
     folder = study.out / "runs" / part.name / task
     configs = study.configs(task, store)
@@ -166,7 +166,7 @@ def trained(study: Study, part: Part, store: FeatureStore, task: str, progress: 
         getattr(shown, "close", lambda: None)()
 
 
-def finished(path: Path, configs: Sequence[ProbeConfig], study: Study, store: FeatureStore) -> list[Result] | None:
+def finished(path: Path, configs: Sequence[ProbeConfig], study: StudyJob, store: FeatureStore) -> list[Result] | None:
     """The results in `path` if they are of these probes, features, labels and clips; None if `train` must say."""
     if not path.exists():
         return None
@@ -178,7 +178,7 @@ def finished(path: Path, configs: Sequence[ProbeConfig], study: Study, store: Fe
     return results if there == wanted else None
 
 
-def write_summary(study: Study, found: Findings) -> None:
+def write_summary(study: StudyJob, found: Findings) -> None:
     """Writes study.json: every probe with what distinguishes it and where its results are, and what failed."""
     probes = [
         {"encoder": part.encoder, "model": part.model, "pos_embed": part.pos_embed, "task": task}

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 
 from spatialprobe.probes.report.axes import AXES
 from spatialprobe.probes.results import Result
-from spatialprobe.probes.study.asked import Part
+from spatialprobe.probes.study.job import Part
 from spatialprobe.probes.study.run import Findings
 
 PLACE = ("layer", "step")  # shown where a store has several
 
 
-def study_table(found: Findings) -> str:
+def findings_table(found: Findings) -> str:
     """Means over seeds, with the standard deviation where there are several; "-" where there is no number."""
     measures = [(axis.task, m) for axis in AXES for m in axis.measures if any(t == axis.task for _, t in found.results)]
     lines = list(table_lines(found, measures))

@@ -1,4 +1,4 @@
-"""Results as a study: features in rows, benches (a task on one set of clips) in columns, probes in cells.
+"""Results as the study's table: features in rows, benches (a task on one set of clips) in columns, probes in cells.
 
 Results of other clips, labels or views are another bench, so that no column holds two. Nothing is chosen but the best
 probe of a cell, by its task's own criterion.
@@ -88,7 +88,9 @@ class Probes:
 
 
 @dataclass(frozen=True)
-class Study:
+class Scores:
+    """The table that all of the report reads: of rows and columns not every cell is there."""
+
     collection: Collection
     rows: list[Features]
     benches: list[Bench]
@@ -119,7 +121,7 @@ def best_of(probes: Iterable[Probes]) -> Probes | None:
     return next((p for x, p in scored if x == best), None)
 
 
-def make_study(collection: Collection) -> Study:
+def make_scores(collection: Collection) -> Scores:
     """Rows, columns and cells of all results; a result that was found twice counts once."""
     found = {facts.spec_hash: facts for facts in collection.stores.values() if facts.spec}
     stores = {key: found.get(facts.spec_hash, facts) for key, facts in collection.stores.items()}  # moved, or copied
@@ -154,7 +156,7 @@ def make_study(collection: Collection) -> Study:
     )
     cells = {place: [Probes(tuple(same)) for same in by_config.values()] for place, by_config in grouped.items()}
     ordered = sorted(rows.values(), key=lambda row: (ORDER.index(row.kind), len(row.key), row.name))
-    return Study(collection, ordered, benches, cells, store_names(names, identities))
+    return Scores(collection, ordered, benches, cells, store_names(names, identities))
 
 
 def bench_of(result: Result) -> Bench:

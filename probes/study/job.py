@@ -36,7 +36,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyJob:
     """What is asked for, checked as a whole. `out` gets stores/<part>, runs/<part>/<task> and study.json.
 
     Raises ValueError for anything that would be wrong with every encoder; what is wrong with one is its own failure.
