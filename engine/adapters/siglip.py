@@ -5,35 +5,15 @@ No class token, learned positions. Patches that the input's right and lower rims
 patches of 14) are not seen. Full models (`siglip`) and encoders alone (`siglip_vision_model`) both load.
 """
 
-from collections.abc import Sequence
+from torch import nn
 
-from torch import Tensor, nn
-
-from spatialprobe.engine.parts.image_encoder import ImageEncoder
+from spatialprobe.engine.parts.caption_encoder import CaptionEncoder
 
 
-class SigLIP(ImageEncoder):
+class SigLIP(CaptionEncoder):
     CONFIGS = {"siglip": "SiglipConfig", "siglip_vision_model": "SiglipVisionConfig"}
-    PREFIXES = ("vision_model.", "")
-    RENAMES = {"vision_model.": ""}  # some releases of transformers have it in the encoder's own names too
+    LIBRARY = "SiglipVisionModel"
 
     def build(self, config) -> nn.Module:
-        from transformers import SiglipVisionModel
-
         config.vision_use_head = False
-        model = SiglipVisionModel(config)
-        _encoder(model).post_layernorm = nn.Identity()
-        return model
-
-    def blocks_of(self, model: nn.Module) -> Sequence[nn.Module]:
-        return _encoder(model).encoder.layers
-
-    def run(self, pixels: Tensor) -> None:
-        self.model(pixels, interpolate_pos_encoding=True)  # which leaves the table alone where it fits
-
-    def change_positions(self) -> None:
-        self.change_table(_encoder(self.model).embeddings, special=0)
-
-
-def _encoder(model: nn.Module) -> nn.Module:
-    return getattr(model, "vision_model", model)
+        return super().build(config)
