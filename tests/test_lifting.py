@@ -303,6 +303,42 @@ def test_a_floor_has_nothing_beneath_it():
         assert frame.floor == pytest.approx(300 / 700)
 
 
+@pytest.mark.parametrize(
+    ("lowest", "share"),
+    # its points of those below the lower camera, with and without the wall's; too near the floor; on it; beneath it
+    [(0.5, 1.0), (1.2, 0.6), (0.1, 1.0), (0.01, None), (0.0, None), (-0.5, None)],
+)
+def test_a_floor_is_below_all_cameras(lowest, share):
+    """A level plane of 600 points, 400 of a wall at a height of 1 m, a camera at 1.5 m and one lower down."""
+    xy = np.random.default_rng(0).uniform(-2, 2, (1000, 2))
+    points = np.column_stack([xy, np.repeat([0.0, 1.0], [600, 400])])
+    normals = np.repeat([UP, (0, -1.0, 0)], [600, 400], axis=0)
+    poses = np.eye(4)[None].repeat(2, 0)
+    poses[:, :3, :3] = np.column_stack([(1, 0, 0), (0, 0, -1.0), (0, 1, 0)])
+    poses[:, :3, 3] = (0, -3, 1.5), (0, -3, lowest)
+    for up, known in ((UP, "poses"), (None, "floor")):
+        frame = lifted_frame(points, normals, poses, up)
+        assert frame.floor == (share if share is None else pytest.approx(share))
+        assert frame.gravity == ("camera" if share is None and up is None else known)
+        height = frame.matrix[2, :3] @ (0, -3, 1.5) + frame.matrix[2, 3]
+        assert height == pytest.approx(0 if share is None else 1.5, abs=1e-9)  # of the first camera
+
+
+@pytest.mark.parametrize(("degrees", "gravity"), [(44, "floor"), (46, "camera")])
+def test_what_is_steep_to_the_first_camera_is_no_floor(degrees, gravity):
+    """A plane before a level camera, whose points' normals are off by a degree."""
+    tilt, normal = (np.radians(x) for x in (degrees, 44))
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-2, 2, (500, 1)) * (1, 0, 0) + rng.uniform(-2, 2, (500, 1)) * (0, np.cos(tilt), -np.sin(tilt))
+    pose = np.eye(4)
+    pose[:3] = np.column_stack([(1, 0, 0), (0, 0, -1.0), (0, 1, 0), (0, -3, 6)])
+    frame = lifted_frame(points, np.tile((0, np.sin(normal), np.cos(normal)), (500, 1)), pose[None], None)
+    assert frame.gravity == gravity
+    assert (frame.floor is None) == (gravity == "camera")
+    up = (0, np.sin(tilt), np.cos(tilt)) if gravity == "floor" else UP
+    np.testing.assert_allclose(frame.matrix[2, :3], up, atol=1e-9)
+
+
 def test_outlines_say_where_objects_end():
     """An object of 6x6 pixels at 2 m, a wall at 3 m, a near post beside it, unknown depth above, a floor below."""
     depth, masks = np.full((12, 12), 3, np.float32), np.zeros((12, 12), np.int32)

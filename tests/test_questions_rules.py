@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic_tables import mirrored, random_table, records, rolled, table_of_boxes
+from question_truth import rotation
+from synthetic_tables import AHEAD, mirrored, random_table, records, rolled, table_of_boxes
 
 from spatialprobe.engine.questions.ask import ask
 from spatialprobe.engine.questions.finding import Material
 from spatialprobe.engine.questions.settings import Settings
+from spatialprobe.engine.questions.steps import gaps
 from spatialprobe.engine.questions.types import BY_TYPE, TYPES
 from spatialprobe.engine.questions.views import look
 from spatialprobe.engine.types import ClipError
@@ -49,6 +51,18 @@ def at_angle(degrees: float, reach: float = 2.0) -> tuple[float, float, float]:
     return -1 + reach * np.cos(np.radians(degrees)), 4 + reach * np.sin(np.radians(degrees)), 0.2
 
 
+def turned(degrees: float):
+    """A second view that looks so far to the right of the first."""
+    second = AHEAD.copy()
+    second[:2, :3] = rotation(-np.radians(degrees))[:2, :2] @ AHEAD[:2, :3]
+    return table_of_boxes([(0, 4, 0.2)], [CUBE], poses=np.stack([AHEAD, second]))
+
+
+def within(metres: float):
+    """Three boxes around the first, of which one is so far from it."""
+    return table_of_boxes([(0, 5, 0.2), (1, 5, 0.2), (-1, 5, 0.2), (0, 5 + metres, 0.2)], [CUBE] * 4)
+
+
 MARGINS = [
     ("left_right", (0, 1), lambda x: two((-0.5 + x, 4, 0.2)), 0.35, 0.45),  # .2 m half extent + 5% of 4.2 m
     ("above_below", (0, 1), lambda x: two((-0.5, 4, 0.2 + x)), 0.35, 0.45),
@@ -74,6 +88,9 @@ MARGINS = [
         [(0, 4, 0), (0, 5, 0), (x, 4, 0), (0, 9, 0)], [CUBE] * 4), 1.09, 1.11),
     ("count_nearer", (0, 1, 2, 3), lambda x: table_of_boxes(
         [(0, 3, 1.5), (0, 6, 1.5), (0, 7, 1.5), (0, 3 * x, 1.5)], [CUBE] * 4), 1.09, 1.11),
+    ("count_within", (1, 2, 3, 0), within, 3.29, 3.31),  # a radius of 3 m
+    ("count_within", (1, 2, 3, 0), within, 2.74, 2.72),
+    *(("camera_turned", (), turned, *degrees) for degrees in ((9, 11), (-9, -11), (171, 169), (-171, -169))),
     ("between", (2, 0, 1), lambda x: three((0.1, 4 + x, 0.2)), 0.32, 0.28),  # 15% of 2 m sideways
     ("between", (2, 0, 1), lambda x: three((0.1, 4 + x, 0.2)), 0.78, 0.82),  # 40%
     ("between", (2, 0, 1), lambda x: three((1 + x, 4, 0.2)), 0.19, 0.21),  # 10% of 2 m beyond an end
@@ -92,6 +109,28 @@ MARGINS = [
 def test_what_is_near_a_boundary_is_not_asked(kind, things, table, within, beyond):
     assert (0, *things) not in found(table(within), kind)
     assert (0, *things) in found(table(beyond), kind)
+
+
+def test_lengths_below_ten_centimetres_are_not_asked_about():
+    for height, types in ((0.099, {"length", "width"}), (0.101, {"length", "width", "height"})):
+        asked = records(table_of_boxes([(0, 4, 0.5)], [(0.4, 0.3, height)]), per_clip=200)
+        assert {q["type"] for q in asked} & {"length", "width", "height"} == types
+
+
+def test_gaps_are_between_the_nearest_points_of_boxes():
+    """Of boxes turned anyhow, against a grid of points on each: a gap has a corner of one at one of its ends."""
+    table, yaw = random_table(0, objects=24), np.random.default_rng(1).uniform(-np.pi, np.pi, 24)
+    table.centre[1], table.extent[:2], yaw[:2] = table.centre[0], (2, 0.2, 1), (0.3, 1.8)  # a cross
+    table = replace(table, yaw=yaw)
+    found, side = gaps(look(table, np.array([0])))[0], np.linspace(-0.5, 0.5, 41)
+    grid = np.stack(np.meshgrid(side, side), -1).reshape(1, -1, 2) * table.extent[:, None, :2]  # [N, P, 2] in each box
+    turn = np.stack([rotation(yaw)[:2, :2] for yaw in table.yaw])
+    places = grid @ turn.swapaxes(1, 2) + table.centre[:, None, :2]
+    seen = (places[:, None] - table.centre[:, None, :2]) @ turn  # [i, j, P, 2] those of i in the frame of j
+    away = np.maximum(np.abs(seen) - table.extent[:, None, :2] / 2, 0)
+    one_way = np.linalg.norm(away, axis=3).min(2)
+    np.testing.assert_allclose(found, np.minimum(one_way, one_way.T), atol=1e-9)
+    assert (found == 0).sum() > 24 + 20  # each with itself, and those that overlap
 
 
 # -- ambiguity
