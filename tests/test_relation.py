@@ -276,10 +276,7 @@ def test_the_head_refuses_masks_coarser_than_patches():
 # -- targets and loss -------------------------------------------------------------------------------------------------
 
 
-FACTS = RelationFacts(
-    NAMES, tuple(r.level for r in RELATIONS), KINDS, tuple(0.3 if k == "yes_or_no" else 0.5 for k in KINDS),
-    (0.0,) * R, (1.0,) * R,
-)  # fmt: skip
+FACTS = RelationFacts(NAMES, tuple(r.level for r in RELATIONS), KINDS, (0.0,) * R, (1.0,) * R)
 VIEWS = [0, 3, 8]
 
 
@@ -357,7 +354,7 @@ def test_the_loss_is_the_mean_of_each_answers_own(beta):
         x, y = outputs["scores"][0, s, p, int(relation)].double().tolist()
         if KINDS[int(relation)] == "yes_or_no":
             chance = 1 / (1 + math.exp(-x))
-            each.append(-math.log(chance if answer else 1 - chance) * 0.5 / (0.3 if answer else 0.7))
+            each.append(-math.log(chance if answer else 1 - chance))
         elif KINDS[int(relation)] == "length":
             off = abs(x - math.log(answer))
             each.append(off**2 / (2 * beta) if off < beta else off - beta / 2)
@@ -400,15 +397,13 @@ class Rows:
 
 
 def test_facts_are_those_of_the_training_clips():
-    left, height, nearer = (float(NAMES.index(name)) for name in ("left_of", "height", "nearer"))
+    left, height = (float(NAMES.index(name)) for name in ("left_of", "height"))
     nothing, tall = [-1.0, 0, 0, 0], [height, 3, 0, 0.5]
     labels = Rows(
         [[left, 1, 2, 1], [left, 2, 1, 0], [left, 1, 3, 1], nothing],
         [[left, 1, 2, 1], [height, 1, 0, 2], tall, nothing],
     )
     facts = relation_facts(labels, ["0", "1"], RELATION.defaults)
-    assert facts.rates[int(left)] == 0.75
-    assert facts.rates[int(nearer)] == facts.rates[int(height)] == 0.5
     assert facts.means[int(height)] == pytest.approx(0)
     assert facts.spreads[int(height)] == pytest.approx(math.sqrt(2) * math.log(2))
     assert (facts.means[int(left)], facts.spreads[int(left)]) == (0, 1)
@@ -423,7 +418,7 @@ def test_facts_are_those_of_the_training_clips():
     only = relation_facts(labels, ["0"], RELATION.defaults)
     assert (only.means[int(height)], only.spreads[int(height)]) == (0, 1)
     alike = relation_facts(Rows([[left, 1, 2, 1], tall, tall]), ["0"], RELATION.defaults)
-    assert (alike.rates[int(left)], alike.spreads[int(height)]) == (0.95, 0.1)
+    assert alike.spreads[int(height)] == 0.1
     with pytest.raises(
         ValueError, match="nothing to learn: the first views of 1 training clips of rooms show no object"
     ):

@@ -24,7 +24,6 @@ OPTIONS = {
     "head_dropout": 0.1,
     "beta": 0.1,  # error of a length's logarithm from which on the loss grows linearly
 }
-RATES = (0.05, 0.95)  # bounds of the share of yes, by which the classes are weighed
 SPREADS = (0.1, 10.0)  # bounds of the spread of a length's logarithm
 
 
@@ -35,7 +34,6 @@ class RelationFacts:
     names: tuple[str, ...]
     levels: tuple[int, ...]
     kinds: tuple[str, ...]  # as `metrics.relation.Kind`
-    rates: tuple[float, ...]  # share of yes, within RATES; 1/2 of other kinds
     means: tuple[float, ...]  # of a length's logarithm; 0 of other kinds
     spreads: tuple[float, ...]  # its standard deviation, within SPREADS; 1 of other kinds
 
@@ -62,15 +60,14 @@ def relation_facts(labels: Labels, ids: Sequence[str], config: ProbeConfig) -> R
             f"relations have nothing to learn: the first views of {len(ids)} training clips of {labels.root} show no "
             "object that is asked about"
         )
-    rates, means, spreads = [], [], []
+    means, spreads = [], []
     for index, kind in enumerate(KINDS):
         answers = rows[rows[:, 0] == index, 3].double()
         logs = answers.log() if kind == "length" else answers[:0]
-        rates.append(float(answers.mean().clamp(*RATES)) if kind == "yes_or_no" and len(answers) else 0.5)
         means.append(float(logs.mean()) if len(logs) else 0.0)
         spreads.append(float(logs.std().clamp(*SPREADS)) if len(logs) > 1 else 1.0)
     levels = tuple(relation.level for relation in RELATIONS)
-    return RelationFacts(NAMES, levels, KINDS, tuple(rates), tuple(means), tuple(spreads))
+    return RelationFacts(NAMES, levels, KINDS, tuple(means), tuple(spreads))
 
 
 def relation_head(width: int, config: ProbeConfig, facts: RelationFacts) -> PairReader:
@@ -91,8 +88,7 @@ def relation_targets(labels: dict[str, Tensor], config: ProbeConfig, facts: Rela
     """What is asked, with the objects of a clip that are asked about numbered 1 .. M, and the answers.
 
     masks int64 [B, S, H, W], 0 where there is no such object; objects bool [B, S, M], which of them a view shows; pairs
-    int64 [B, S, P, 2], 0 for none; relation int64 [B, S, P], -1 in rows that ask nothing; answer float32 [B, S, P];
-    weight float32 [B, S, P], with which a relation's yes and no count alike, 1 of other kinds.
+    int64 [B, S, P, 2], 0 for none; relation int64 [B, S, P], -1 in rows that ask nothing; answer float32 [B, S, P].
     """
     rows = labels["relations"]
     relation, answer = rows[..., 0].long(), rows[..., 3]
@@ -100,15 +96,12 @@ def relation_targets(labels: dict[str, Tensor], config: ProbeConfig, facts: Rela
     batch, views = relation.shape[:2]
     view = torch.arange(batch * views, device=rows.device).view(batch, views, 1, 1)
     pixels = torch.bincount((view * (count + 1) + masks).flatten(), minlength=batch * views * (count + 1))
-    rates = torch.tensor(facts.rates, device=rows.device)[relation]
-    yes_or_no = torch.tensor([kind == "yes_or_no" for kind in facts.kinds], device=rows.device)[relation]
     return {
         "masks": masks,
         "objects": pixels.view(batch, views, count + 1)[..., 1:] > 0,
         "pairs": pairs,
         "relation": relation,
         "answer": answer,
-        "weight": torch.where(yes_or_no, 0.5 / torch.where(answer > 0.5, rates, 1 - rates), 1),
     }
 
 
@@ -135,12 +128,13 @@ def relation_loss(
     """Mean over all questions of the batch, of each kind its own: logistic loss of yes or no, smooth L1 loss (Huber's
     divided by `beta`) of a length's logarithm, half the squared distance from the unit vector that points to an hour.
 
-    A batch that asks nothing has loss 0 and gradient 0. Nothing in it is random.
+    A relation's yes and no are asked equally often, the other way round, and so count alike. A batch that asks nothing
+    has loss 0 and gradient 0. Nothing in it is random.
     """
     scores, asked = chosen_scores(outputs, targets)
     if not len(scores):
         return {"loss": 0 * outputs["scores"].sum()}
-    relation, answer, weight = (targets[name][asked] for name in ("relation", "answer", "weight"))
+    relation, answer = targets["relation"][asked], targets["answer"][asked]
     first = scores[:, 0]
     yes_or_no, length = (of_kind(kind, relation) for kind in ("yes_or_no", "length"))
     logistic = F.binary_cross_entropy_with_logits(first, (answer > 0.5).float(), reduction="none")
@@ -149,7 +143,7 @@ def relation_loss(
     angle = answer * RADIANS
     turned = ((scores - torch.stack([angle.sin(), angle.cos()], -1)) ** 2).sum(-1) / 2
     each = torch.where(yes_or_no, logistic, torch.where(length, far_off, turned))
-    return {"loss": (weight * each).mean()}
+    return {"loss": each.mean()}
 
 
 def of_kind(kind: str, relation: Tensor) -> Tensor:  # int64 [K] -> bool [K]
