@@ -221,6 +221,17 @@ def test_names_of_a_file_win(scannet, tmp_path):
     assert f"train/{SCENES[1].id}" in (out / "failed.jsonl").read_text()
 
 
+@pytest.mark.parametrize("name", ["<image>", "chair <|im_end|>", "[INST] lamp", "{clip}", "a\nchair", " "])
+def test_names_that_would_be_tokens_of_a_chat_are_refused(demo, tmp_path, name):
+    clip_id = min(scene.id for scene in SCENES)
+    (tmp_path / "names.json").write_text(json.dumps({clip_id: {"1": name, "2": "settee"}}))
+    words = ["--names", str(tmp_path / "names.json"), "--limit", "1", "--points", "none"]
+    assert main(["lift", str(demo), "--out", str(tmp_path / "out"), *words]) == 1
+    (failure,) = map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines())
+    assert "must be called by printable words without < > [ ] { | } (chats of questions" in failure["reason"]
+    assert failure["reason"].endswith(f"got {name!r}")
+
+
 def spoiled(demo, root, change):
     """The demo with its second clip's labels changed."""
     shutil.copytree(demo / "labels", root / "labels")

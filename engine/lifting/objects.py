@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+MARKS = frozenset("<>[]{}|")  # of which tokenizers and templates make tokens; no object's name has them
 Gravity = Literal["poses", "floor", "camera"]  # where "up" is from; camera: only that the first view is held upright
 
 SHAPES = {  # of an ObjectTable's arrays: name -> dtype, shape
@@ -72,6 +73,12 @@ class ObjectTable:
             raise ValueError(f"clip {self.clip}: gravity must be one of {', '.join(get_args(Gravity))}")
         if len(set(self.ids.tolist())) < len(self.ids) or (self.ids < 1).any():
             raise ValueError(f"clip {self.clip}: object ids must be distinct and from 1, got {self.ids.tolist()}")
+        for tag in self.tags:
+            if not tag.strip() or not tag.isprintable() or set(tag) & MARKS:
+                raise ValueError(
+                    f"clip {self.clip}: objects must be called by printable words without {' '.join(sorted(MARKS))} "
+                    f"(chats of questions have tokens like <image>), got {tag!r}"
+                )
         for name in ("poses", "intrinsic", "centre", "extent", "yaw", "sample_points"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"clip {self.clip}: {name} is not finite")
