@@ -19,7 +19,7 @@ from spatialprobe.engine.device.placement import OFFLOAD
 from spatialprobe.engine.device.precision import check_precision
 from spatialprobe.engine.feeding import check_resize
 from spatialprobe.engine.latents import check_latents
-from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, detect_family
+from spatialprobe.engine.presets import ENCODERS, FAMILIES, PRESETS, adapter_class, detect_family, encoder_layers
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, FrameSelection
 
 SHORT_OPTIONS = ("size", "prompt", "tap", "pos_embed")  # options of families that are flags too
@@ -37,7 +37,7 @@ class Job:
     family: str | None = None  # of a checkpoint whose own configs do not say
     layout: str = "auto"
     targets: str | None = None  # DL3DV: folder of the processed targets, which hold start_idx
-    layers: list[int] | None = None  # default: the blocks the study used for this preset
+    layers: list[int] | None = None  # default: the blocks the study used for this preset; `encoder_layers` of encoders
     steps: list[int] | None = None
     merge_steps: bool = False
     window: int | None = None
@@ -218,7 +218,7 @@ def resolve(job: Job) -> Resolved:
     spec = FeatureSpec(
         family=family,
         weights=checkpoint.identity,
-        layers=_layers(job, preset, adapter),
+        layers=_layers(job, preset, family, adapter),
         steps=_steps(job, defaults.default_step, adapter),
         merge_steps=job.merge_steps,
         seed=job.seed if adapter.num_steps else 0,
@@ -348,9 +348,11 @@ def parse_size(name: str, text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _layers(job: Job, preset, adapter: Adapter) -> tuple[int, ...]:
+def _layers(job: Job, preset, family: str, adapter: Adapter) -> tuple[int, ...]:
     chosen = job.layers
-    if chosen is None:
+    if chosen is None and family in ENCODERS:
+        chosen = encoder_layers(adapter.num_layers)
+    elif chosen is None:
         of_study = preset.layers if preset and _usual_tap(adapter) else {}
         if not of_study:
             last = adapter.num_layers - 1

@@ -231,6 +231,14 @@ LEFT_OUT = {  # models that were asked for and cannot be had -> why
 }
 
 
+def encoder_layers(blocks: int) -> tuple[int, int]:
+    """Of an encoder, as long as nobody says: the block three quarters of the way up, and the last.
+
+    Our choice, for the study had no encoders; a share of the depth, so that encoders of other depths compare.
+    """
+    return -(-3 * blocks // 4) - 1, blocks - 1
+
+
 def adapter_class(family: str) -> "type[Adapter]":
     module, name = FAMILIES[family].adapter.split(":")
     return getattr(import_module(f"spatialprobe.engine.adapters.{module}"), name)

@@ -253,6 +253,13 @@ def test_dry_run_tells_the_plan_and_writes_nothing(words, tmp_path, capsys):
     assert megabytes * 1e6 <= size <= megabytes * 1e6 + 8192
 
 
+def test_encoders_have_layers_of_their_own_accord(clips_path, tmp_path):
+    model = build_encoder(tmp_path / "clip", "clip")
+    job = Job.from_words({"clips": str(clips_path), "model": str(model), "out": "x"})
+    assert (resolve(job).adapter.num_layers, resolve(job).spec.layers) == (4, (2, 3))
+    assert resolve(dataclasses.replace(job, layers=[0])).spec.layers == (0,)
+
+
 def test_parity_is_the_studys_choices(words, clips_path, wan_path, qwen_path):
     wan = resolve(Job.from_words({"clips": str(clips_path), "model": str(wan_path), "out": "x", "layers": "1",
                                   "compute": "parity"})).spec  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class
+from spatialprobe.engine.presets import FAMILIES, PRESETS, adapter_class, encoder_layers
 from spatialprobe.engine.types import parse_query
 
 PUBLISHED = Path(__file__).parent / "published"  # per preset {file: the fields that geometry and weights depend on}
@@ -77,6 +77,11 @@ def test_parity_is_the_studys_protocol(family, size, prompt_tokens, others):
     wanted = {"size": size, "prompt": "", "prompt_tokens": prompt_tokens} | others
     parity = adapter_class(family).PARITY
     assert {name: parity[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(("blocks", "layers"), [(24, (17, 23)), (27, (20, 26)), (2, (1, 1)), (1, (0, 0))])
+def test_of_an_encoder_the_block_three_quarters_up_and_the_last(blocks, layers):
+    assert encoder_layers(blocks) == layers
 
 
 def header(shapes: dict[str, list[int]]) -> bytes:

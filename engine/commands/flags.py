@@ -14,7 +14,10 @@ WORDS = {  # word of a Job -> (placeholder, help); clips, switches and the famil
     "family": ("NAME", "of a checkpoint whose own configs do not say which it is"),
     "layout": ("KIND", "videos, images, list, scannet or dl3dv; default: recognise it"),
     "targets": ("DIR", "dl3dv: folder of the processed targets, for start_idx"),
-    "layers": ("I,J", "blocks, from 0; hsK is hidden_states[K], block K-1 (default: the study's)"),
+    "layers": (
+        "I,J",
+        "blocks, from 0; hsK is hidden_states[K], block K-1 (default: the study's; encoders: 3/4 up, last)",
+    ),
     "steps": ("I,J", "noise steps: indices into the schedule of 1000, noisiest first"),
     "window": ("N", "frames per clip, or all"),
     "start": ("WHERE", "first frame of the window: start, center, start_idx, or a number"),

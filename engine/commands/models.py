@@ -26,6 +26,7 @@ def models(args: argparse.Namespace) -> int:
     print(
         "memory: weights in bfloat16 up to the study's last layer, or of all blocks; clip: float16, one layer and step"
     )
+    print("encoders, of which the study had none: by default the block three quarters of the way up, and the last")
     print(f"for engine targets: {', '.join(TEACHERS)}")
     for name, why in LEFT_OUT.items():
         print(f"left out: {name}, {why}")
