@@ -248,6 +248,14 @@ def test_a_job_runs_exports_and_reads_back_by_the_published_row_rule(path, base,
         run_job(job(tmp_path / "clips", path, base, tmp_path / "store", options={"geometry_seed": 1}))
 
 
+def test_whether_to_tile_can_be_chosen_as_on_a_gpu(path, base, make_clip, tmp_path):
+    """It plans memory with a second adapter, which must find the base as the first one did."""
+    make_clip(tmp_path / "clips" / "a", frames=17)
+    spec = resolve(job(tmp_path / "clips", path, base, tmp_path / "s", options={"vae_tiling": "auto"})).spec
+    assert spec.options["vae_tiling"] is False
+    assert spec.options["base"] == f"content:{content_hash(base)}"
+
+
 def test_parity_leaves_the_base_and_the_seed_to_the_user(path, base, make_clip, tmp_path):
     make_clip(tmp_path / "clips/a", frames=17)
     options = {"geometry_seed": 4, "size": "480x720", "half_frames": 41}

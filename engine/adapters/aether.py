@@ -55,7 +55,7 @@ class Aether(CogVideoXParts):
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         base = _base(checkpoint, options["base"])
-        super().__init__(checkpoint, options, base)
+        super().__init__(checkpoint, dict(options), base)  # its own keep the name, by which it can be made again
         if base is not checkpoint:
             options["base"] = base.identity  # what the spec holds: a name alone would not say which weights
         into, out = self.config["in_channels"], self.config["out_channels"]
