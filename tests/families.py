@@ -1,5 +1,7 @@
 """What the tests of model families share: a clip, a family's features by hand, and plain hooks on a library's model."""
 
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,14 @@ CPU = torch.device("cpu")
 def make_adapter(cls: type[Adapter], path: Path, **options) -> Adapter:
     """Not loaded yet; `options` over the family's own."""
     return cls(Checkpoint.open(str(path)), {**cls.OPTIONS, **options})
+
+
+def changed(path: Path, copy: Path, file: str, change: dict) -> Path:
+    """A copy of a checkpoint with other fields in one of its configs."""
+    shutil.copytree(path, copy)
+    config = copy / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    return copy
 
 
 def make_clip(frames: int = 9, size: tuple[int, int] = (48, 80), seed: int = 1) -> Clip:

@@ -1,7 +1,5 @@
 """Cosmos-Predict2's features equal those that plain hooks take while the library's own pipeline runs, bit for bit."""
 
-import json
-import shutil
 import types
 
 import families
@@ -16,10 +14,7 @@ from pipeline_step import only_step, sampled_until
 
 from spatialprobe.engine.adapters.cosmos import Cosmos
 from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
-from spatialprobe.engine.job import Job
 from spatialprobe.engine.presets import FAMILIES
-from spatialprobe.engine.run import run_job
-from spatialprobe.engine.types import Clip
 
 SIZE = (64, 96)
 STEP = 596
@@ -165,13 +160,6 @@ def test_the_default_step_is_half_noise(cosmos):
     assert cosmos.describe_step(749)["timestep"] == pytest.approx(0.1703 / 1.1703, abs=1e-4)
 
 
-def test_rows_follow_the_vae(cosmos):
-    plan = cosmos.plan(81, (0,))
-    assert list(plan.rows) == [(f + 3) // 4 for f in range(81)]
-    assert plan.grid == (21, 4, 6)
-    assert cosmos.plan(10, (0,)).grid[0] == 4  # frame 9 opens a row of its own
-
-
 def test_a_window_must_leave_rows_to_noise(path, cosmos):
     with pytest.raises(ValueError, match="a window of 1 frames has 1 rows, of which 1 would be conditions"):
         cosmos.plan(1, (0,))
@@ -180,48 +168,6 @@ def test_a_window_must_leave_rows_to_noise(path, cosmos):
     with pytest.raises(ValueError, match=r"go up to 128 rows, .* got a grid of \(129, 4, 6\)"):
         cosmos.plan(513, (0,))
     assert cosmos.plan(509, (0,)).grid[0] == 128
-
-
-def test_a_marked_patch_is_found_at_its_row_and_cell(cosmos):
-    plain, marked = families.make_clip(FRAMES, SIZE), families.make_clip(FRAMES, SIZE)
-    marked.frames[5:, :, 32:, 48:] = 255  # bottom right, from frame 5 on
-    plan = cosmos.plan(FRAMES, (0,))
-    noise = torch.zeros(1, *cosmos.noise_shape(plan))
-    a, b = (families.features(cosmos, clip, (0,), step=999, noise=noise)[0] for clip in (plain, marked))
-    change = (a - b).abs().mean(-1)[0]  # [3, 4, 6]
-    assert int(change.mean((1, 2)).argmax()) == plan.rows[5] == 2
-    quarters = change[2].view(2, 2, 2, 3).mean((1, 3))  # [top or bottom, left or right]
-    assert int(quarters.argmax()) == 3
-    assert quarters[1, 1] > 1.5 * quarters.flatten()[:3].max()
-    with torch.inference_mode():
-        videos = [cosmos.prepare(clip, plan)["video"][None] for clip in (plain, marked)]
-        before, after = (cosmos.encode({"video": video}, plan) for video in videos)
-    assert torch.equal(before[:, :, :2], after[:, :, :2])  # the VAE looks at no later frame
-    assert not torch.equal(before[:, :, 2], after[:, :, 2])
-
-
-def test_a_batch_agrees_with_single_clips(cosmos):
-    families.assert_batch_agrees(cosmos, (0, 2), frames=5, step=STEP)
-
-
-@pytest.mark.parametrize("frames", [2, 7])
-def test_a_group_of_frames_is_completed_not_dropped(cosmos, frames):
-    clip = families.make_clip(frames)
-    whole = 1 + -(-(frames - 1) // 4) * 4
-    pixels = torch.cat([clip.frames, clip.frames[-1:].expand(whole - frames, -1, -1, -1)])
-    repeated = Clip("a", pixels, torch.arange(whole))
-    short, full = (families.features(cosmos, c, (0,), step=STEP)[0] for c in (clip, repeated))
-    assert short.shape[1] == 1 + (whole - 1) // 4
-    assert torch.equal(short, full)
-
-
-def test_only_the_wanted_blocks_are_loaded(path, tmp_path, cosmos):
-    read = families.bytes_by_depth(lambda: adapter(path), (1, 2, 4), tmp_path)
-    block = sum(p.nbytes for p in cosmos.blocks[0].parameters())
-    assert (read[2] - read[1], read[4] - read[1]) == (block, 3 * block)
-    assert cosmos.vae.decoder is None
-    kinds = {type(v).__name__ for v in vars(cosmos).values() if isinstance(v, torch.nn.Module)}
-    assert kinds == {"CosmosTransformer3DModel", "AutoencoderKLWan", "ModuleList"}
 
 
 def test_the_prompt_is_embedded_once_and_as_the_pipeline_does(path, tmp_path, library, monkeypatch):
@@ -240,67 +186,3 @@ def test_the_prompt_is_embedded_once_and_as_the_pipeline_does(path, tmp_path, li
     again = adapter(path, **words)
     again.load(1, families.CPU, torch.float32, tmp_path)
     assert torch.equal(again.text["prompt"], first.text["prompt"])
-
-
-def test_clips_become_a_store(path, clips_path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "window": 9, "limit": 2}
-    report, store = run_job(Job.from_words(words | {"layers": [1], "options": {"size": "64x96"}}))
-    assert (report.written, report.failed) == (2, 0)
-    assert list(store.verify()) == []
-    assert store.read("clip1", 1, STEP).data.shape == (3, 4, 6, 48)
-    assert store.read("clip1", 1, STEP).rows.tolist() == [0] + [1] * 4 + [2] * 4
-    (step,) = store.provenance("clip1")["steps"]
-    assert (step["step"], step["timestep"]) == (STEP, pytest.approx(0.5, abs=1e-3))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": (64, 90)}, r"size must be multiples of 16 pixels, got \(64, 90\)"),
-        ({"size": (0, 96)}, "size must be multiples of 16"),
-        ({"condition_rows": 0}, "condition_rows must be at least 1, got 0"),
-        ({"fps": -1.0}, r"fps must be positive, got -1\.0"),
-        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
-    ],
-)
-def test_options_the_model_cannot_take(path, options, message):
-    with pytest.raises(ValueError, match=message):
-        adapter(path, **options).check_options()
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        (
-            "model_index.json",
-            {"_class_name": "Cosmos2TextToImagePipeline"},
-            "pipeline must be Cosmos2Video.* got Cosmos2Text",
-        ),
-        ("transformer/config.json", {"in_channels": 16}, "must take 16 latents and a mask .* got in_channels 16"),
-        ("transformer/config.json", {"patch_size": [2, 2, 2]}, "patches of one frame"),
-        ("transformer/config.json", {"warp": 1}, r"transformer/config\.json has fields .* does not know: warp"),
-        ("vae/config.json", {"warp": 1}, r"vae/config\.json has fields .* does not know: warp"),
-        ("scheduler/scheduler_config.json", {"warp": 1}, r"scheduler_config\.json has fields .* does not know: warp"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": False}, "use_karras_sigmas"),
-        ("transformer/config.json", {"num_attention_heads": 4}, "must have shape"),
-    ],
-)
-def test_another_checkpoint_is_refused(path, tmp_path, file, change, message):
-    shutil.copytree(path, tmp_path / "cosmos")
-    config = tmp_path / "cosmos" / file
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
-        adapter(tmp_path / "cosmos").load(1, families.CPU, torch.float32, tmp_path / "cache")
-
-
-def test_a_missing_shard_is_named(path, tmp_path):
-    shutil.copytree(path, tmp_path / "cosmos")
-    next((tmp_path / "cosmos/transformer").glob("*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"has no file transformer/diffusion_pytorch_model-0000"):
-        adapter(tmp_path / "cosmos").load(4, families.CPU, torch.float32, tmp_path / "cache")
-
-
-def test_a_layer_beyond_the_stack_is_refused(path, clips_path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "layers": [4]}
-    with pytest.raises(ValueError, match=r"layers must be blocks 0 \.\. 3, got \[4\]"):
-        run_job(Job.from_words(words))

@@ -15,10 +15,7 @@ from pipeline_step import only_step, sampled_until
 
 from spatialprobe.engine.adapters.mochi import Mochi
 from spatialprobe.engine.demo.tiny.mochi import build_mochi
-from spatialprobe.engine.job import Job
 from spatialprobe.engine.presets import FAMILIES
-from spatialprobe.engine.run import run_job
-from spatialprobe.engine.types import Clip
 
 SIZE = (32, 64)
 STEP = 847
@@ -39,14 +36,6 @@ def mochi(path, tmp_path_factory):
     loaded = adapter(path)
     loaded.load(2, families.CPU, torch.float32, tmp_path_factory.mktemp("cache"))
     return loaded
-
-
-def changed(path, folder, file: str, change: dict):
-    """A copy of the checkpoint with other fields in one of its configs."""
-    shutil.copytree(path, folder)
-    config = folder / file
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    return folder
 
 
 def published_schedule() -> FlowMatchEulerDiscreteScheduler:
@@ -138,7 +127,7 @@ def test_latents_that_the_config_says_nothing_about_are_normalised_as_the_class_
 
 def test_an_empty_prompt_may_stand_for_no_text_at_all(path, tmp_path, mochi):
     """As the original program does, and the pipeline if its checkpoint says so."""
-    zeros = changed(path, tmp_path / "mochi", "model_index.json", {"force_zeros_for_empty_prompt": True})
+    zeros = families.changed(path, tmp_path / "mochi", "model_index.json", {"force_zeros_for_empty_prompt": True})
     assert_equals_pipeline(zeros, tmp_path / "cache", 2, (0, 1), torch.float32)
     assert mochi.text["mask"].sum() == 1  # without it: </s>, then padding
 
@@ -167,58 +156,6 @@ def test_the_default_step_is_half_noise(mochi):
     assert mochi.describe_step(749)["sigma"] == pytest.approx(0.72695, abs=1e-5)
 
 
-def test_rows_follow_the_vae(mochi):
-    plan = mochi.plan(81, (0,))
-    assert list(plan.rows) == [(f + 5) // 6 for f in range(81)]
-    assert plan.grid == (15, 2, 4)
-    assert mochi.plan(8, (0,)).grid[0] == 3  # frame 7 opens a row of its own
-    assert mochi.plan(1, (0,)).grid[0] == 1
-
-
-def test_a_marked_patch_is_found_at_its_row_and_cell(mochi):
-    plain, marked = families.make_clip(FRAMES, SIZE), families.make_clip(FRAMES, SIZE)
-    marked.frames[7:, :, 16:, 32:] = 255  # bottom right, from frame 7 on
-    plan = mochi.plan(FRAMES, (0,))
-    noise = torch.zeros(1, *mochi.noise_shape(plan))
-    a, b = (families.features(mochi, clip, (0,), step=999, noise=noise)[0] for clip in (plain, marked))
-    change = (a - b).abs().mean(-1)[0]  # [3, 2, 4]
-    assert int(change.mean((1, 2)).argmax()) == plan.rows[7] == 2
-    quarters = change[2].view(2, 1, 2, 2).mean((1, 3))  # [top or bottom, left or right]
-    assert int(quarters.argmax()) == 3
-    assert quarters[1, 1] > 1.5 * quarters.flatten()[:3].max()
-    with torch.inference_mode():
-        videos = [mochi.prepare(clip, plan)["video"][None] for clip in (plain, marked)]
-        before, after = (mochi.encode({"video": video}, plan) for video in videos)
-    assert torch.equal(before[:, :, :2], after[:, :, :2])  # the VAE looks at no later frame
-    assert not torch.equal(before[:, :, 2], after[:, :, 2])
-
-
-def test_a_batch_agrees_with_single_clips(mochi):
-    families.assert_batch_agrees(mochi, (0, 1), frames=7, step=STEP)
-
-
-@pytest.mark.parametrize("frames", [1, 2, 11])
-def test_a_group_of_frames_is_completed_not_dropped(mochi, frames):
-    clip = families.make_clip(frames)
-    whole = 1 + -(-(frames - 1) // 6) * 6
-    pixels = torch.cat([clip.frames, clip.frames[-1:].expand(whole - frames, -1, -1, -1)])
-    repeated = Clip("a", pixels, torch.arange(whole))
-    short, full = (families.features(mochi, c, (0,), step=STEP)[0] for c in (clip, repeated))
-    assert short.shape[1] == 1 + (whole - 1) // 6
-    assert torch.equal(short, full)
-
-
-def test_only_the_wanted_blocks_are_loaded(path, tmp_path, mochi):
-    read = families.bytes_by_depth(lambda: adapter(path), (1, 2, 3), tmp_path)
-    block = sum(p.nbytes for p in mochi.blocks[0].parameters())
-    last = read[3] - read[2]
-    assert read[2] - read[1] == block
-    assert 0 < last < block  # the last block has no text branch after its attention
-    assert mochi.vae.decoder is None
-    kinds = {type(v).__name__ for v in vars(mochi).values() if isinstance(v, torch.nn.Module)}
-    assert kinds == {"MochiTransformer3DModel", "AutoencoderKLMochi", "ModuleList"}
-
-
 def test_no_block_waits_to_learn_which_tokens_are_valid(mochi, monkeypatch):
     """The library's attention asks the mask for them with `nonzero`, which on a GPU is a wait in every block."""
     plan = mochi.plan(1, (0,))
@@ -229,69 +166,3 @@ def test_no_block_waits_to_learn_which_tokens_are_valid(mochi, monkeypatch):
     monkeypatch.setattr(mochi.blocks[0].attn1, "processor", MochiAttnProcessor2_0())  # the library's own does
     with torch.inference_mode(), pytest.raises(pytest.fail.Exception, match="waited"):
         mochi.forward(state, STEP, torch.ones_like(state))
-
-
-def test_the_prompt_is_embedded_once(path, tmp_path, monkeypatch):
-    first = adapter(path)
-    first.load(1, families.CPU, torch.float32, tmp_path)
-    monkeypatch.setattr("transformers.T5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("loaded again"))
-    again = adapter(path)
-    again.load(1, families.CPU, torch.float32, tmp_path)
-    assert torch.equal(again.text["prompt"], first.text["prompt"])
-    assert torch.equal(again.text["mask"], first.text["mask"])
-    assert again.text["prompt"].shape == (1, 256, 32)
-
-
-def test_clips_become_a_store(path, clips_path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "window": 9, "limit": 2}
-    report, store = run_job(Job.from_words(words | {"layers": [1], "options": {"size": "32x64"}}))
-    assert (report.written, report.failed) == (2, 0)
-    assert list(store.verify()) == []
-    assert store.read("clip1", 1, STEP).data.shape == (3, 2, 4, 48)
-    assert store.read("clip1", 1, STEP).rows.tolist() == [0] + [1] * 6 + [2] * 2
-    (step,) = store.provenance("clip1")["steps"]
-    assert (step["step"], step["sigma"]) == (STEP, pytest.approx(0.5, abs=2e-3))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": (32, 90)}, r"size must be multiples of 16 pixels, got \(32, 90\)"),
-        ({"size": (0, 96)}, "size must be multiples of 16"),
-        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1, got 0"),
-        ({"prompt_tokens": 257}, "prompt_tokens must be at most 256, got 257"),
-    ],
-)
-def test_options_the_model_cannot_take(path, options, message):
-    with pytest.raises(ValueError, match=message):
-        adapter(path, **options).check_options()
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        ("model_index.json", {"_class_name": "LTXPipeline"}, "pipeline must be MochiPipeline, got LTXPipeline"),
-        ("transformer/config.json", {"warp": 1}, r"transformer/config\.json has fields .* does not know: warp"),
-        ("vae/config.json", {"warp": 1}, r"vae/config\.json has fields .* does not know: warp"),
-        ("scheduler/scheduler_config.json", {"warp": 1}, r"scheduler_config\.json has fields .* does not know: warp"),
-        ("scheduler/scheduler_config.json", {"invert_sigmas": False}, "inverted sigmas"),
-        ("transformer/config.json", {"num_attention_heads": 4}, "must have shape"),
-    ],
-)
-def test_another_checkpoint_is_refused(path, tmp_path, file, change, message):
-    other = changed(path, tmp_path / "mochi", file, change)
-    with pytest.raises(ValueError, match=message):
-        adapter(other).load(1, families.CPU, torch.float32, tmp_path / "cache")
-
-
-def test_a_missing_shard_is_named(path, tmp_path):
-    shutil.copytree(path, tmp_path / "mochi")
-    next((tmp_path / "mochi/transformer").glob("*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"has no file transformer/diffusion_pytorch_model-0000"):
-        adapter(tmp_path / "mochi").load(3, families.CPU, torch.float32, tmp_path / "cache")
-
-
-def test_a_layer_beyond_the_stack_is_refused(path, clips_path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "layers": [3]}
-    with pytest.raises(ValueError, match=r"layers must be blocks 0 \.\. 2, got \[3\]"):
-        run_job(Job.from_words(words))
