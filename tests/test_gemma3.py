@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
+from families import CPU, aligned, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
@@ -112,11 +112,6 @@ def test_rows_are_the_query_frames_and_cells_keep_their_place(tap, cell, path, t
     assert divmod(int(where[1].argmax()), where.shape[2]) == cell
 
 
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_gives_what_single_clips_give(tap, path, tmp_path):
-    assert_batch_agrees(loaded(path, 3, tmp_path, tap=tap), (0, 2), query=QUERY)
-
-
 @pytest.mark.parametrize("size", [(30, 200), (101, 37)])
 def test_frames_of_any_shape_and_short_clips_work(size, path, tmp_path):
     adapter = loaded(path, 2, tmp_path)
@@ -137,17 +132,6 @@ def test_only_the_wanted_blocks_are_read(path, tmp_path):
     above = [f"{tower}encoder.layers.{i}." for i in (1, 2)]
     assert read[1] == nbytes(tower) - nbytes(*above, f"{tower}post_layernorm")
     assert read[2] == read[1] + nbytes(above[0])
-
-
-@pytest.mark.parametrize(("tap", "grid", "channels"), [("decoder", (3, 3), 64), ("vision", (6, 6), 32)])
-def test_a_store_comes_out_and_verifies(tap, grid, channels, path, clips_path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "options": {"tap": tap}}
-    report, store = run_job(Job.from_words(words | {"window": 9, "query": "0,4,8", "layers": [0, 1], "limit": 2}))
-    assert (report.written, report.failed) == (2, 0)
-    got = store.read("clip1", 1)
-    assert got.data.shape == (3, *grid, channels)
-    assert got.rows.tolist() == [0, -1, -1, -1, 1, -1, -1, -1, 2]
-    assert list(store.verify()) == []
 
 
 def test_names_that_newer_libraries_write_are_read_too(path, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CPU, assert_batch_agrees, bytes_by_depth, make_adapter
+from families import CPU, bytes_by_depth, make_adapter
 from PIL import Image
 from transformers import Glm4vForConditionalGeneration
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
@@ -13,8 +13,6 @@ from vlm_reference import assert_both_taps_equal_the_whole_model, assert_marked_
 
 from spatialprobe.engine.adapters.glm4v import Glm4v
 from spatialprobe.engine.demo.tiny.glm4v import build_glm4v
-from spatialprobe.engine.job import Job
-from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import parse_query
 
 SIZE = (84, 140)  # 3 x 5 cells
@@ -46,13 +44,6 @@ def test_a_marked_patch_is_found_at_its_cell(path, tmp_path, tap, grid):
 
 
 @pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_agrees_with_single_clips(path, tmp_path, tap):
-    adapter = make_adapter(Glm4v, path, size=(84, 84), tap=tap)
-    adapter.load(3, CPU, torch.float32, tmp_path)
-    assert_batch_agrees(adapter, (1, 2), query=(0, 8))
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
 def test_only_the_wanted_blocks_are_read(path, tmp_path, tap):
     read = bytes_by_depth(lambda: make_adapter(Glm4v, path, tap=tap), (1, 2, 3), tmp_path)
     assert read[3] - read[2] == read[2] - read[1] > 0
@@ -69,18 +60,6 @@ def test_rows_are_the_query_frames_of_the_study(path):
     plan = make_adapter(Glm4v, path).plan(81, parse_query("0,1:76:4", 81))
     assert plan.grid == (20, 19, 34)
     assert (plan.rows[0], plan.rows[1], plan.rows[73], plan.rows[2], plan.rows[80]) == (0, 1, 19, -1, -1)
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_job_stores_either_tap(clips_path, path, tmp_path, tap):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "layers": [0, 1]}
-    words |= {"window": 9, "query": "0,5", "limit": 2, "options": {"size": "84x140", "tap": tap}}
-    report, store = run_job(Job.from_words(words))
-    assert (report.written, report.failed) == (2, 0)
-    assert store.spec.family == "glm4v"
-    grid, channels = {"decoder": ((3, 5), 64), "vision": ((6, 10), 32)}[tap]
-    assert store.read("clip1", 1).data.shape == (2, *grid, channels)
-    assert list(store.verify()) == []
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
+from families import CPU, aligned, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
@@ -144,11 +144,6 @@ def test_rows_are_the_query_frames_and_cells_keep_their_place(tap, cell, paths, 
     assert divmod(int(where[2].argmax()), where.shape[2]) == cell
 
 
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_gives_what_single_clips_give(tap, paths, tmp_path):
-    assert_batch_agrees(loaded(paths["3.5"], 3, tmp_path, tap=tap), (0, 2), query=QUERY)
-
-
 @pytest.mark.parametrize("size", [(30, 200), (101, 37)])
 def test_frames_of_any_shape_and_short_clips_work(size, paths, tmp_path):
     adapter = loaded(paths["native"], 2, tmp_path)
@@ -174,21 +169,6 @@ def test_only_the_wanted_blocks_are_read(name, paths, tmp_path):
     read = bytes_by_depth(lambda: make_adapter(InternVL, paths[name], tap="vision"), (1, 2), tmp_path)
     assert read[1] == nbytes("vision_") - nbytes(f"{blocks}.1.", f"{blocks}.2.")
     assert read[2] == nbytes("vision_") - nbytes(f"{blocks}.2.")
-
-
-@pytest.mark.parametrize(("tap", "grid", "channels"), [("decoder", (3, 3), 64), ("vision", (6, 6), 32)])
-def test_a_store_comes_out_and_verifies(tap, grid, channels, paths, clips_path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(paths["original"]), "out": str(tmp_path / "store")}
-    words |= {"window": 9, "query": "0,4,8", "layers": [0, 1], "limit": 2, "options": {"tap": tap}}
-    report, store = run_job(Job.from_words(words))
-    assert (report.written, report.failed) == (2, 0)
-    got = store.read("clip1", 1)
-    assert got.data.shape == (3, *grid, channels)
-    assert got.rows.tolist() == [0, -1, -1, -1, 1, -1, -1, -1, 2]
-    assert list(store.verify()) == []
-    del words["layers"]
-    with pytest.raises(ValueError, match="layers must be given"):
-        run_job(Job.from_words(words | {"out": str(tmp_path / "other")}))
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
+from families import CPU, aligned, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -175,11 +175,6 @@ def test_rows_are_the_query_frames_and_cells_keep_their_place(tap, cell, path, t
     assert divmod(int(where[2].argmax()), where.shape[2]) == cell
 
 
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_gives_what_single_clips_give(tap, path, tmp_path):
-    assert_batch_agrees(loaded(path, 3, tmp_path, tap=tap), (0, 2), query=QUERY)
-
-
 def test_frames_of_any_shape_and_short_clips_work(path, tmp_path):
     adapter = loaded(path, 2, tmp_path)
     for frames, size in ((1, (30, 200)), (2, (101, 37))):
@@ -197,18 +192,6 @@ def test_only_the_wanted_blocks_are_read(path, tmp_path):
     read = bytes_by_depth(lambda: make_adapter(LlavaOneVision, path, tap="vision"), (1, 2), tmp_path)
     assert read[1] == nbytes("visual.") - nbytes("visual.merger", "visual.blocks.1.", "visual.blocks.2.")
     assert read[2] == read[1] + nbytes("visual.blocks.1.")
-
-
-@pytest.mark.parametrize(("tap", "grid", "channels"), [("decoder", (2, 4), 64), ("vision", (4, 8), 32)])
-def test_a_store_comes_out_and_verifies(tap, grid, channels, path, clips_path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store")}
-    words |= {"window": 9, "query": "0,4,8", "layers": [0, 1], "limit": 2, "options": {"tap": tap, "size": "70x100"}}
-    report, store = run_job(Job.from_words(words))
-    assert (report.written, report.failed) == (2, 0)
-    got = store.read("clip1", 1)
-    assert got.data.shape == (3, *grid, channels)
-    assert got.rows.tolist() == [0, -1, -1, -1, 1, -1, -1, -1, 2]
-    assert list(store.verify()) == []
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CPU, assert_batch_agrees, bytes_by_depth, features, make_adapter, make_clip, shown
+from families import CPU, bytes_by_depth, features, make_adapter, make_clip, shown
 from transformers import Qwen2_5_VLForConditionalGeneration
 from vlm_reference import (
     QUERY,
@@ -15,9 +15,7 @@ from vlm_reference import (
 
 from spatialprobe.engine.adapters.qwen2_5_vl import Qwen25VL
 from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
-from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.image_grid import patch_places
-from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import parse_query
 
 SIZE = (84, 140)  # 3 x 5 cells, in windows of 2 x 2
@@ -47,13 +45,6 @@ def test_both_taps_equal_the_whole_model(path, tmp_path, dtype):
 @pytest.mark.parametrize(("tap", "grid"), [("decoder", (3, 5)), ("vision", (6, 10))])
 def test_a_marked_patch_is_found_at_its_cell(path, tmp_path, tap, grid):
     assert_marked_patch_is_at_its_cell(Qwen25VL, path, tmp_path, tap, SIZE, grid)
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_agrees_with_single_clips(path, tmp_path, tap):
-    adapter = make_adapter(Qwen25VL, path, size=(56, 84), tap=tap)
-    adapter.load(3, CPU, torch.float32, tmp_path)
-    assert_batch_agrees(adapter, (1, 2), query=(0, 8))
 
 
 def test_image_tokens_have_positions_in_the_image(path, tmp_path):
@@ -120,22 +111,6 @@ def test_places_of_patches_are_a_permutation():
         assert sorted(patch_places(height, width, 2, window).tolist()) == list(range(height * width))
     assert patch_places(2, 4, 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert patch_places(4, 4, 2, window=1).tolist() == patch_places(4, 4, 2).tolist()
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_job_stores_either_tap(clips_path, path, tmp_path, tap):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "layers": [2], "window": 9}
-    asked = Job.from_words(words | {"query": "0,5", "limit": 2, "options": {"size": "84x140", "tap": tap}})
-    report, store = run_job(asked)
-    assert (report.written, report.failed) == (2, 0)
-    grid, channels = {"decoder": ((3, 5), 64), "vision": ((6, 10), 32)}[tap]
-    assert store.read("clip1", 2).data.shape == (2, *grid, channels)
-    assert store.spec.family == "qwen2_5_vl"
-    assert store.spec.options["tap"] == tap
-    assert list(store.verify()) == []
-    if tap == "vision":  # 4 blocks, as the decoder: but it counts its own
-        with pytest.raises(ValueError, match=r"layers must be blocks 0 \.\. 3"):
-            run_job(Job.from_words(words | {"layers": [4], "options": {"tap": tap}}))
 
 
 def test_a_config_in_tables_is_read_as_one_at_the_top_level(path, tmp_path):

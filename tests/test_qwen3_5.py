@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CPU, assert_batch_agrees, bytes_by_depth, features, make_adapter, make_clip
+from families import CPU, bytes_by_depth, features, make_adapter, make_clip
 from safetensors import safe_open
 from transformers import Qwen3_5ForConditionalGeneration
 from vlm_reference import (
@@ -15,8 +15,6 @@ from vlm_reference import (
 
 from spatialprobe.engine.adapters.qwen3_5 import Qwen35
 from spatialprobe.engine.demo.tiny.qwen3_5 import build_qwen3_5
-from spatialprobe.engine.job import Job
-from spatialprobe.engine.run import run_job
 
 SIZE = (96, 160)  # 3 x 5 cells
 
@@ -56,25 +54,6 @@ def test_only_the_wanted_blocks_are_read(path, tmp_path):
 def test_a_marked_patch_is_found_at_its_cell(path, tmp_path, tap, grid):
     # Linear attention normalises what it puts out, so every token of the frame changes much: a sum over clips tells.
     assert_marked_patch_is_at_its_cell(Qwen35, path, tmp_path, tap, SIZE, grid, clips=6)
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_agrees_with_single_clips(path, tmp_path, tap):
-    adapter = make_adapter(Qwen35, path, size=(64, 96), tap=tap)
-    adapter.load(3, CPU, torch.float32, tmp_path)
-    assert_batch_agrees(adapter, (1, 2), query=(0, 8))
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_job_stores_either_tap(clips_path, path, tmp_path, tap):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "layers": [0, 1]}
-    words |= {"window": 9, "query": "0,5", "limit": 2, "options": {"size": "64x96", "tap": tap}}
-    report, store = run_job(Job.from_words(words))
-    assert (report.written, report.failed) == (2, 0)
-    assert store.spec.family == "qwen3_5"
-    adapter = make_adapter(Qwen35, path, size=(64, 96), tap=tap)
-    assert store.read("clip0", 1).data.shape == (2, *adapter.plan(9, (0, 5)).grid[1:], adapter.channels)
-    assert list(store.verify()) == []
 
 
 def test_two_spellings_of_the_pixel_budget_are_one(path, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, make_adapter, make_clip, shown
+from families import CPU, aligned, bytes_by_depth, features, make_adapter, make_clip, shown
 from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -70,13 +70,6 @@ def test_nothing_above_the_tap_is_loaded(qwen_path, tmp_path):
 @pytest.mark.parametrize(("tap", "grid"), [("decoder", (4, 6)), ("vision", (8, 12))])
 def test_a_marked_patch_is_found_at_its_cell(qwen_path, tmp_path, tap, grid):
     assert_marked_patch_is_at_its_cell(Qwen3VL, qwen_path, tmp_path, tap, (128, 192), grid)
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_gives_what_single_clips_give(qwen_path, tmp_path, tap):
-    qwen = make_adapter(Qwen3VL, qwen_path, size=SIZE, tap=tap)
-    qwen.load(3, CPU, torch.float32, tmp_path)
-    assert_batch_agrees(qwen, (1, 2), query=QUERY)
 
 
 @pytest.mark.parametrize("size", [(540, 960), (1080, 1920), (33, 47), (720, 405), (64, 64)])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import CPU, assert_batch_agrees, bytes_by_depth, features, make_adapter, make_clip
+from families import CPU, bytes_by_depth, features, make_adapter, make_clip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeForConditionalGeneration
@@ -18,8 +18,6 @@ from vlm_reference import (
 from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
 from spatialprobe.engine.adapters.qwen3_vl_moe import Qwen3VLMoe
 from spatialprobe.engine.demo.tiny.qwen3_vl_moe import build_qwen3_vl_moe
-from spatialprobe.engine.job import Job
-from spatialprobe.engine.run import run_job
 
 SIZE = (96, 160)  # 3 x 5 cells
 
@@ -82,24 +80,6 @@ def test_only_the_wanted_blocks_experts_are_read(path, tmp_path):
 @pytest.mark.parametrize(("tap", "grid"), [("decoder", (3, 5)), ("vision", (6, 10))])
 def test_a_marked_patch_is_found_at_its_cell(path, tmp_path, tap, grid):
     assert_marked_patch_is_at_its_cell(Qwen3VLMoe, path, tmp_path, tap, SIZE, grid)
-
-
-@pytest.mark.parametrize("tap", ["decoder", "vision"])
-def test_a_batch_agrees_with_single_clips(path, tmp_path, tap):
-    adapter = make_adapter(Qwen3VLMoe, path, size=(64, 96), tap=tap)
-    adapter.load(3, CPU, torch.float32, tmp_path)
-    assert_batch_agrees(adapter, (1, 2), query=(0, 8))
-
-
-def test_a_job_stores_its_features(clips_path, path, tmp_path):
-    words = {"clips": str(clips_path), "model": str(path), "out": str(tmp_path / "store"), "layers": [0, 2]}
-    report, store = run_job(
-        Job.from_words(words | {"window": 9, "query": "0,5", "limit": 2, "options": {"size": "64x96"}})
-    )
-    assert (report.written, report.failed) == (2, 0)
-    assert store.spec.family == "qwen3_vl_moe"
-    assert store.read("clip0", 2).data.shape == (2, 2, 3, 64)
-    assert list(store.verify()) == []
 
 
 def test_the_dense_model_is_refused_and_the_other_way_round(path, qwen_path):
