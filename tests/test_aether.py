@@ -122,11 +122,6 @@ def by_hand(pipe, frames, noise, seed, fps=8, all_frames=False):
     return {k: x[0] for k, x in families.hooked(blocks, lambda: transformer(noisy, condition, timestep)).items()}
 
 
-def seeds_of(model, clip):
-    plan = model.plan(17, tuple(range(17)))
-    return model.prepare(clip, plan)["geometry_seed"].tolist()
-
-
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
