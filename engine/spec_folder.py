@@ -63,6 +63,9 @@ class SpecFolder(Generic[S]):
     def path(self, clip_id: str) -> Path:
         return self.root / f"{check_clip_id(clip_id)}{SUFFIX}"
 
+    def __contains__(self, clip_id: str) -> bool:
+        return self.path(clip_id).is_file()
+
     def ids(self) -> list[str]:
         """Clips that are done, sorted."""
         return sorted(name.removesuffix(SUFFIX) for name, _ in all_files(self.root) if name.endswith(SUFFIX))

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from synthetic_tables import random_table
@@ -127,6 +129,47 @@ t.run(Path({str(out)!r}))
     assert (report.asked, report.present, report.written, report.failed) == (11, 4, 5, 2)
     assert contents(out) == contents(whole)
     assert run(out).present == 11
+    assert not (out / "leases").exists()
+
+
+def two_runs(out: Path, reader, **options):
+    """Two runs at once, each with a part before either goes on. Their reports, and how often clips were read."""
+    both, reads = Barrier(2, timeout=60), Counter()
+    first = [IDS[part * 4] for part in PARTS]
+
+    def noted(path: Path):
+        reads[path.stem] += 1
+        if path.stem in first and sum(reads[name] for name in first) <= 2:
+            both.wait()
+        return reader(path)
+
+    with ThreadPoolExecutor(2) as pool:
+        return [*pool.map(lambda _: run(out, reader=noted, **options), range(2))], reads
+
+
+def test_two_runs_split_the_parts_and_make_none_twice(whole, tmp_path):
+    reports, reads = two_runs(tmp_path, read)
+    assert reads == dict.fromkeys(IDS, 1)
+    assert contents(tmp_path) == contents(whole)
+    failed, _ = read_failures(whole / "failed.jsonl")
+    for mine, theirs in (reports, reports[::-1]):
+        assert (mine.asked, mine.present, mine.failed, mine.elsewhere) == (11, 0, 2, theirs.written)
+        assert mine.written + mine.elsewhere == 9
+        assert mine.written > 0
+        assert mine.failures == {i: f"{f['stage']}: {f['reason']}" for i, f in failed.items()}
+    assert len((tmp_path / "failed.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "leases").exists()
+
+
+def test_two_runs_retry_a_part_once(whole, tmp_path):
+    run(tmp_path)
+    still = lambda path: read(path) if path.stem == IDS[5] else random_table(int(path.stem[-5:]))  # noqa: E731
+    reports, reads = two_runs(tmp_path, still, retry_failed=True)
+    assert reads == dict.fromkeys(IDS[4:], 1)  # clip 5 fails again, and once
+    for mine, theirs in (reports, reports[::-1]):
+        assert (mine.present, mine.failed, mine.elsewhere) == (4, 1, theirs.written)
+        assert mine.written + mine.elsewhere == 6
+        assert list(mine.failures) == [IDS[5]]
 
 
 def test_shards_make_the_same_parts(whole, tmp_path):

@@ -1,4 +1,5 @@
-"""Which process works on which clip, told by files in a store's `leases` folder. Knows nothing of clips but their ids.
+"""Which process works on which clip, told by files in a folder `leases`. Knows nothing of clips but their ids; what
+`engine ask` shares are parts of many.
 
 A holder is a process: `holder-<token>`, locked while it lives, holds a counter that a thread raises every few seconds.
 A lease is `<key>.<turn>`, made only where there is none, and names its holder; the highest turn of a key is the one
@@ -15,6 +16,7 @@ A holder that wakes up after it was given up finds the next turn there, and drop
 import fcntl
 import os
 import platform
+import re
 import secrets
 import threading
 import time
@@ -25,6 +27,8 @@ from pathlib import Path
 from spatialprobe.engine.durable import NO_LINKS, NO_LOCKS, room_for
 
 BEAT, PATIENCE = 5.0, 60.0  # seconds
+TOKEN = "[0-9a-f]" * 16
+OURS = re.compile(rf"holder-{TOKEN}|\.(lease-)?{TOKEN}|{TOKEN}{TOKEN}\.\d+")  # clips may lie in `leases` too
 
 
 def this_machine() -> str:
@@ -64,7 +68,7 @@ class Leases:
         self._blank, self._links = None, True  # stat of the file that leases are links to; whether links work here
         self._beats, self._lock, self._entering = 0, None, threading.Lock()
         self._lock = self._enter()
-        for path in folder.glob("holder-*"):
+        for path in folder.glob(f"holder-{TOKEN}"):
             self.gone(path.name.removeprefix("holder-"))  # who is dead already is not this session's business
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._live, name="heartbeat", daemon=True)
@@ -207,7 +211,7 @@ class Leases:
     def _sweep(self) -> None:
         """The last one out clears away what the dead have left, and the folder."""
         try:
-            names = [path.name for path in self.folder.iterdir()]
+            names = [path.name for path in self.folder.iterdir() if OURS.fullmatch(path.name)]
             holders = [name.removeprefix("holder-") for name in names if name.startswith("holder-")]
             if not all(self.gone(holder) for holder in holders):
                 return

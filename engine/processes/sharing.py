@@ -1,5 +1,5 @@
-"""How processes share the clips of one store: each takes what nobody has, then what the others leave. No clip is done
-twice, whoever comes when, and none waits for a process that is gone."""
+"""How processes share the clips of one store or folder: each takes what nobody has, then what the others leave. No clip
+is done twice, whoever comes when, and none waits for a process that is gone."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.report import Outcomes
+from spatialprobe.engine.spec_folder import SpecFolder
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef
 
@@ -77,7 +78,7 @@ class Sharing:
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: FeatureStore | SpecFolder,
         *,
         since: dict[str, int] | None = None,
         first: float = 0.0,

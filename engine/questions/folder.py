@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from spatialprobe.engine.failures import read_failures
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.spec_folder import SpecFolder
 
+Failure = tuple[str, str, str]  # clip id, stage, reason
 SPEC, PART_CLIPS = "questions.json", 256
 COUNTED = ("clips", "levels", "wanted", "types", "forms", "truths")  # in a part, and in the summary
 
@@ -54,21 +56,45 @@ def read_spec(path: Path) -> QuestionSpec:
 class QuestionFolder(SpecFolder[QuestionSpec]):
     NAME, WHAT, READ = SPEC, "questions", staticmethod(read_spec)
 
+    def name(self, part: int) -> str:
+        return f"part-{part:05d}"
+
     def part_path(self, part: int) -> Path:
-        return self.root / f"part-{part:05d}.jsonl"
+        return self.root / f"{self.name(part)}.jsonl"
 
     def has(self, part: int) -> bool:
         return self.part_path(part).exists()
 
-    def counts(self, part: int) -> dict:
-        return json.loads((self.root / f"counts/part-{part:05d}.json").read_text())
+    def stamp(self, part: int) -> tuple[int, int] | None:
+        """Another one for a part that was made again, None for one that is not there."""
+        try:
+            stat = self.part_path(part).stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
 
-    def write_part(self, part: int, texts: Sequence[str], counts: dict) -> None:  # records, and chats if wanted
+    def counts(self, part: int) -> dict:
+        return json.loads((self.root / f"counts/{self.name(part)}.json").read_text())
+
+    def failures_of(self, part: int) -> list[Failure]:
+        """What is wrong with clips of a part that is there."""
+        records, _ = read_failures(self.root / "failed.jsonl")
+        return [(i, records[i]["stage"], records[i]["reason"]) for i in self.counts(part)["failed"]]
+
+    def write_part(
+        self,
+        part: int,
+        texts: Sequence[str],  # records, and chats if wanted
+        counts: dict,
+        failures: Sequence[Failure],
+    ) -> None:
         """Stores a part; the records come last, and with them the part is done. Raises StoreFull."""
         self.part_path(part).unlink(missing_ok=True)  # of a part that is made again
+        for failure in failures:
+            self.record_failure(*failure)
         if self.spec.images is not None:
-            self.write_record(f"chat/part-{part:05d}.jsonl", texts[1])
-        self.write_record(f"counts/part-{part:05d}.json", json.dumps(counts, indent=1))
+            self.write_record(f"chat/{self.name(part)}.jsonl", texts[1])
+        self.write_record(f"counts/{self.name(part)}.json", json.dumps(counts, indent=1))
         self.write_record(self.part_path(part).name, texts[0])
 
     def summary(self, parts: Iterable[int]) -> dict:

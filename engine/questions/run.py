@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,20 +17,21 @@ from spatialprobe.engine.job import select_shard
 from spatialprobe.engine.lifting.folder import SPEC as LIFT_SPEC
 from spatialprobe.engine.lifting.folder import SUFFIX, read_table
 from spatialprobe.engine.lifting.objects import ObjectTable
+from spatialprobe.engine.processes.leases import Leases
+from spatialprobe.engine.processes.sharing import POLL, look_again
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.questions.ask import Chosen, ask_together, choose, together
-from spatialprobe.engine.questions.folder import SPEC, QuestionFolder, QuestionSpec
+from spatialprobe.engine.questions.folder import SPEC, Failure, QuestionFolder, QuestionSpec
 from spatialprobe.engine.questions.lines import chat_lines, record_lines
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.questions.types import BY_TYPE
-from spatialprobe.engine.report import Report
+from spatialprobe.engine.report import Progress, Report
 from spatialprobe.engine.types import ClipError, first_line
 
 TOGETHER = 32  # clips that are looked at together, if they have at most
 TOGETHER_OBJECTS = 24  # objects; the pairs of more objects take more memory
 
 Read = Callable[[Path], ObjectTable]
-Failure = tuple[str, str, str]  # clip id, stage, reason
 
 
 @dataclass
@@ -105,35 +109,64 @@ def ask_parts(
     read: Read,
     *,
     retry_failed: bool = False,
-    progress: Callable[[str, str, str], None] = lambda name, outcome, reason: None,
+    progress: Progress = lambda name, outcome, reason: None,
 ) -> Report:
-    """Parts of `ids` that the folder lacks, one after another. Counts clips, not questions."""
-    size, report = folder.spec.part_clips, Report(asked=0, present=0)
-    for part in parts:
-        of_part = ids[part * size : (part + 1) * size]
-        report.asked += len(of_part)
-        if folder.has(part) and not (retry_failed and folder.counts(part)["failed"]):
-            report.present += len(of_part)
-            continue
-        try:
-            made = ask_part(root, of_part, folder.spec, read)
-            texts = ["".join(text[clip_id] for clip_id in of_part if clip_id in text) for text in made.texts]
-            folder.write_part(part, texts, made.counts())
-        except KeyboardInterrupt:
-            report.interrupted = True
-            break
-        except (StoreFull, MemoryError) as error:
-            report.stopped = first_line(error)
-            break
-        for clip_id, stage, reason in made.failures:
-            folder.record_failure(clip_id, stage, reason)
-            report.failures[clip_id] = f"{stage}: {reason}"
-        failed = len(made.failures)
-        report.written, report.failed = report.written + len(of_part) - failed, report.failed + failed
-        progress(
-            folder.part_path(part).stem, "failed" if failed else "written", f"{failed} clips failed" if failed else ""
-        )
+    """Parts of `ids` that the folder lacks, one after another; what another process makes is left to it.
+
+    Counts clips, not questions. A part that was taken over, because this process was stopped for a minute, is written
+    by both, with the same bytes.
+    """
+    size = folder.spec.part_clips
+    clips = {part: ids[part * size : (part + 1) * size] for part in parts}
+    before = {part: folder.stamp(part) for part in parts}
+    todo = [part for part in parts if before[part] is None or (retry_failed and folder.counts(part)["failed"])]
+    asked, missing = (sum(len(clips[part]) for part in of) for of in (parts, todo))
+    report = Report(asked=asked, present=asked - missing)
+    try:
+        with closing(Leases(folder.root / "leases")) as leases:
+            for part in in_turn(todo, folder, leases):
+                elsewhere = folder.stamp(part) not in (None, before[part])
+                if elsewhere:
+                    failures = folder.failures_of(part)
+                else:
+                    made = ask_part(root, clips[part], folder.spec, read)
+                    texts = ["".join(text[i] for i in clips[part] if i in text) for text in made.texts]
+                    failures = made.failures
+                    folder.write_part(part, texts, made.counts(), failures)
+                count(report, len(clips[part]), failures, elsewhere)
+                outcome = ("failed" if failures else "written") + (" elsewhere" if elsewhere else "")
+                progress(folder.name(part), outcome, f"{len(failures)} clips failed" if failures else "")
+    except KeyboardInterrupt:
+        report.interrupted = True
+    except (StoreFull, MemoryError) as error:
+        report.stopped = first_line(error)
     return report
+
+
+def in_turn(parts: list[int], folder: QuestionFolder, leases: Leases) -> Iterator[int]:
+    """Each part while this process has its lease. What others have comes again until they are done with it."""
+    while parts:
+        later = []
+        for part in parts:
+            if leases.claim(folder.name(part), sys.maxsize) is None:
+                later.append(part)
+                continue
+            look_again(folder.root)
+            yield part
+            leases.release(folder.name(part))
+        if later == parts:
+            time.sleep(POLL)
+        parts = later
+
+
+def count(report: Report, clips: int, failures: list[Failure], elsewhere: bool) -> None:
+    """Adds a part to the report. What failed elsewhere has failed here too."""
+    report.failures |= {clip_id: f"{stage}: {reason}" for clip_id, stage, reason in failures}
+    report.failed += len(failures)
+    if elsewhere:
+        report.elsewhere += clips - len(failures)
+    else:
+        report.written += clips - len(failures)
 
 
 @dataclass
