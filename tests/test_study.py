@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from spatialprobe.engine.cli import main
@@ -189,6 +190,51 @@ def test_other_words_do_not_pass_for_finished_runs(study, scenes, encoders, tmp_
     assert "is of another run; choose another folder" in told
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sources": [{"store": "elsewhere", "spec": "0123", "weights": "content:0"}]},
+        {"labels": "/elsewhere"},
+        {"train_clips": 3},
+        {"split": "0123456789abcdef"},
+        {"config": {"position": "none"}},
+    ],
+)
+def test_results_of_other_features_or_clips_do_not_pass(study, scenes, encoders, tmp_path, monkeypatch, change):
+    out = shutil.copytree(study[0], tmp_path / "out")
+    file = out / "runs" / "clip-native" / "tagging" / "results.json"
+    file.write_text(json.dumps([result | change for result in written(file)]))
+
+    def refuse(task, *args, **more):
+        raise ValueError(f"asked for {task.name}")
+
+    monkeypatch.setattr(study_run, "train", refuse)
+    said = words(scenes, {"clip": encoders["clip"]}, out, "--seeds", "1,2", pos_embed="native")
+    assert main(said) == 1
+    assert written(out / "study.json")["failed"] == {"clip-native/tagging": "asked for tagging"}
+
+
+def test_a_probe_whose_loss_was_not_finite_is_said(study, scenes, encoders, tmp_path, capsys):
+    """One that only trained no longer, for it got no better, is not."""
+    out = shutil.copytree(study[0], tmp_path / "out")
+    for task, stopped in (
+        ("tagging", "the loss is nan at step 3 (clips a)"),
+        ("instance", "no better score in 2 epochs"),
+    ):
+        file = out / "runs" / "clip-native" / task / "results.json"
+        first, second, *others = written(file)
+        file.write_text(json.dumps([first, second | {"stopped": stopped}, *others]))
+    clip = {"clip": encoders["clip"]}
+    assert main(words(scenes, clip, out, "--seeds", "1,2", pos_embed="native", tasks="instance")) == 0
+    assert "failed:" not in capsys.readouterr().err
+    assert main(words(scenes, clip, out, "--seeds", "1,2", pos_embed="native")) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "clip-native/tagging probe 1 failed: the loss is nan at step 3 (clips a)"
+    )
+    stopped = [probe["stopped"] for probe in written(out / "study.json")["probes"] if probe["task"] == "tagging"]
+    assert stopped == ["", "the loss is nan at step 3 (clips a)", "", ""]
+
+
 def test_a_study_of_other_clips_or_labels_wants_another_folder(study, scenes, encoders, tmp_path, capsys):
     """They have the same ids, so that their stores and runs could not be told apart."""
     out, _ = study
@@ -259,6 +305,23 @@ def test_a_study_that_was_killed_ends_with_the_same_numbers(study, scenes, encod
     for task in OF_TASK:
         place = f"runs/clip-shuffled/{task}/results.json"
         assert [r["metrics"] for r in written(out / place)] == [r["metrics"] for r in written(study[0] / place)]
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_probes_train_in_the_precision_that_was_set(scenes, encoders, tmp_path, monkeypatch, tf32):
+    """Extraction turns tf32 off, and a study that finds its features there does not extract: the numbers are alike."""
+    seen = []
+
+    def look(*args, **more):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(study_run, "train", look)
+    said = words(scenes, {"clip": encoders["clip"]}, tmp_path / "out", pos_embed="native", tasks="tagging")
+    assert [main(said), main(said)] == [1, 1]
+    assert seen == [tf32, tf32]
+    assert torch.backends.cudnn.allow_tf32 == tf32
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

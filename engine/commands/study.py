@@ -62,9 +62,10 @@ def study(args: argparse.Namespace) -> int:
     if found.results:
         print(findings_table(found))
     print(f"{asked.out}: study.json, {len(found.results)} training runs of {len(asked.parts) * len(asked.axes)}")
-    for name, why in found.failed.items():
+    lost = found.failed | found.diverged
+    for name, why in lost.items():
         print(f"{name} failed: {why}", file=sys.stderr)
-    return 0 if found.whole else 1
+    return 1 if lost else 0
 
 
 def read_study(args: argparse.Namespace) -> "StudyJob":

@@ -41,10 +41,14 @@ class Findings:
     failed: dict[str, str] = field(default_factory=dict)  # part, or part/task -> why
 
     @property
-    def whole(self) -> bool:
-        """Whether everything that was asked for is there, and no probe's loss stopped being finite."""
-        results = [result for each in self.results.values() for result in each]
-        return not self.failed and not any(result.stopped.startswith("the loss") for result in results)
+    def diverged(self) -> dict[str, str]:
+        """Probes whose loss stopped being finite, by part, task and their number there -> when."""
+        return {
+            f"{part.name}/{task} probe {number}": result.stopped
+            for (part, task), results in self.results.items()
+            for number, result in enumerate(results)
+            if result.stopped.startswith("the loss")
+        }
 
 
 def run_study(
