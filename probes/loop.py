@@ -34,13 +34,9 @@ from spatialprobe.probes.setup import (
 )
 from spatialprobe.probes.shards import source_name
 from spatialprobe.probes.task import ProbeTask
-from spatialprobe.probes.tasks.geometry import GEOMETRY
-from spatialprobe.probes.tasks.instance import INSTANCE
-from spatialprobe.probes.tasks.relation import RELATION
-from spatialprobe.probes.tasks.tagging import TAGGING
+from spatialprobe.probes.tasks import TASKS
 from spatialprobe.probes.training import Diverged, Trainee, of_all_processes, processes, train_step
 
-TASKS = {task.name: task for task in (TAGGING, INSTANCE, GEOMETRY, RELATION)}
 SAVE_EVERY = 300.0  # seconds between checkpoints inside an epoch
 
 

@@ -14,11 +14,11 @@ from spatialprobe.probes.checkpoint import load_probe
 from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.figures import bar_figure, curve_figure, depth_figure, instance_figure, layer_step_figure
 from spatialprobe.probes.labels import Labels
-from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.pointcloud import write_ply
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import Result, varied
 from spatialprobe.probes.setup import probe_keys, sampling_of
+from spatialprobe.probes.tasks import TASKS
 from spatialprobe.probes.tasks.instance import predict
 from spatialprobe.probes.training import joined
 

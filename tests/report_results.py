@@ -12,9 +12,9 @@ from spatialprobe.engine.presets import FAMILIES, PRESETS
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec
 from spatialprobe.probes.labels.relations import KINDS, NAMES
-from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.report.axes import BY_TASK
 from spatialprobe.probes.results import Result, write_results
+from spatialprobe.probes.tasks import TASKS
 
 STAGES = {"decode": {"seconds": 3.0, "gb_per_s": 0.1}, "blocks": {"seconds": 8.0}, "write": {"seconds": 1.0}}
 TIMING = {"seconds": 10.0, "busy": 0.8, "peak_memory_bytes": 2_500_000_000, "stages": STAGES}

@@ -14,12 +14,14 @@ from PIL import Image
 from probe_data import FRAMES, K, write_labels, write_store
 
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.commands.probe import TASK_NAMES
 from spatialprobe.engine.demo.scene_files import write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
 from spatialprobe.probes.labels import ScanNetLabels
+from spatialprobe.probes.tasks import TASKS
 
 SMALL = "embed=8 heads=1 depth=0 batch=4 epochs=2 warmup=0.5 dropout=0 views=2 gap=4 query=0,1::4 context=9".split()
 TASK_SETTINGS = {
@@ -81,6 +83,11 @@ def picture(path: Path) -> np.ndarray:  # uint8 [H, W, 3]
 
 
 # -- what it makes ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_names_every_task():
+    """By hand, for it knows its words before torch is imported."""
+    assert TASK_NAMES == tuple(TASKS)
 
 
 def test_a_grid_of_tagging_probes(store, labels, tmp_path, capsys):

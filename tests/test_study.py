@@ -20,10 +20,10 @@ from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec
 from spatialprobe.probes import INSTANCE, TAGGING, open_labels, train
-from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.study import run as study_run
 from spatialprobe.probes.study.job import StudyJob
 from spatialprobe.probes.study.table import cell
+from spatialprobe.probes.tasks import TASKS
 
 FRAMES, SEEDS = 9, (1, 2)
 VIEWS = {"views": 2, "gap": 4, "context": FRAMES, "query": "0,1::4"}

@@ -48,9 +48,10 @@ def probe(args: argparse.Namespace) -> int:
 
     from spatialprobe.engine.reading.remote import open_source
     from spatialprobe.probes.labels import open_labels
-    from spatialprobe.probes.loop import TASKS, train
+    from spatialprobe.probes.loop import train
     from spatialprobe.probes.pictures import draw_run
     from spatialprobe.probes.results import table
+    from spatialprobe.probes.tasks import TASKS
     from spatialprobe.probes.training import Diverged
 
     device = args.device

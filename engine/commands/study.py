@@ -111,7 +111,7 @@ def named_encoders(text: str) -> dict[str, str]:
 
 def tasks_of(labels: "Labels") -> list[str]:
     """The tasks that the labels can answer."""
-    from spatialprobe.probes.loop import TASKS
+    from spatialprobe.probes.tasks import TASKS
 
     return [name for name in TASK_NAMES if set(TASKS[name].labels) <= set(labels.names)]
 
@@ -120,7 +120,7 @@ def settings_of(tasks: list[str], pairs: Mapping[str, str]) -> dict[str, dict[st
     """{task: settings}: NAME goes to all tasks that have it, TASK.NAME to one. Raises ValueError if none has it."""
     from dataclasses import fields
 
-    from spatialprobe.probes.loop import TASKS
+    from spatialprobe.probes.tasks import TASKS
 
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}, got {', '.join(unknown)}")

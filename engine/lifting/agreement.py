@@ -50,7 +50,10 @@ def check_agreement(
 
 
 def apart(depth: np.ndarray, intrinsic: np.ndarray, poses: np.ndarray, i: int, j: int) -> float | None:
-    """Median relative difference of depth at points of view i in view j; None if they have too few in common."""
+    """Median relative difference of depth at points of view i in view j; None if they have too few in common.
+
+    The arrays are those of `check_agreement`.
+    """
     v, u = np.nonzero(depth[i] > 0)
     step = 1 + len(v) // POINTS
     v, u = v[::step], u[::step]

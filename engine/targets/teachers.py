@@ -64,7 +64,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def maps(self, pixels: Tensor, source: Size, size: Size) -> Maps:
-        """Depth at `size` of prepared images that were of size `source`. On the device."""
+        """Depth at `size` of prepared images [S, 3, h, w] that were of size `source`. On the device."""
 
     def processor(self, cls: Any) -> Any:
         with one_line(self.checkpoint.root):
@@ -150,7 +150,7 @@ def open_teacher(model: str, revision: str | None = None) -> Teacher:
     return FAMILIES[found](checkpoint)
 
 
-def images(frames: Tensor) -> list[Image.Image]:
+def images(frames: Tensor) -> list[Image.Image]:  # uint8 [S, 3, H, W]
     return [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().numpy()]
 
 

@@ -209,11 +209,11 @@ class TensorFile:
         self._must_hold(name)
         return self._file.get_slice(name).get_shape()
 
-    def whole(self, name: str) -> Tensor:
+    def whole(self, name: str) -> Tensor:  # [F, ...]
         self._must_hold(name)
         return self._file.get_tensor(name)
 
-    def frames(self, name: str, frames: list[int]) -> Tensor:
+    def frames(self, name: str, frames: list[int]) -> Tensor:  # [S, ...]
         self._must_hold(name)
         part = self._file.get_slice(name)
         if not part.get_shape() or part.get_shape()[0] <= max(frames):

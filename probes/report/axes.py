@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from spatialprobe.probes.loop import TASKS
+from spatialprobe.probes.tasks import TASKS
 
 
 @dataclass(frozen=True)

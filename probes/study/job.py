@@ -15,9 +15,9 @@ from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import check_clip_id
 from spatialprobe.probes.backbone import Position
 from spatialprobe.probes.labels import Labels
-from spatialprobe.probes.loop import TASKS
 from spatialprobe.probes.setup import device_of, grid_configs, split
 from spatialprobe.probes.task import ProbeConfig
+from spatialprobe.probes.tasks import TASKS
 
 SUMMARY = "study.json"
 

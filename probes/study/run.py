@@ -23,11 +23,12 @@ from spatialprobe.engine.report import Report
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Refused
-from spatialprobe.probes.loop import TASKS, TrainProgress, train
+from spatialprobe.probes.loop import TrainProgress, train
 from spatialprobe.probes.results import Result, read_results, split_hash
 from spatialprobe.probes.setup import sampling_of, split
 from spatialprobe.probes.study.job import SUMMARY, Part, StudyJob
 from spatialprobe.probes.task import ProbeConfig
+from spatialprobe.probes.tasks import TASKS
 
 FAILURES = (ValueError, OSError, MemoryError, RuntimeError, ImportError)  # of one part: the others go on
 EXPECTED = (ValueError, OSError, MemoryError, Refused)  # of these the message is enough
