@@ -51,6 +51,7 @@ class Clock:
             if item is end:
                 return
             yield item
+            del item  # or it would be in memory until the next one is there
 
     @contextmanager
     def on_device(self, stage: str, out_of: str | None = None) -> Iterator[None]:
@@ -61,9 +62,10 @@ class Clock:
             self._add_nested(stage, out_of, time.perf_counter() - start)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        stream = torch.cuda.current_stream(self.device)  # events would go to the current device, which may be another
+        begin.record(stream)
         yield
-        end.record()
+        end.record(stream)
         self._events.append((stage, out_of, begin, end))
         if len(self._events) > 1000:
             self._settle(500)

@@ -1,6 +1,7 @@
 """Stage times add up, nested stages are not counted twice."""
 
 import time
+import weakref
 
 import pytest
 import torch
@@ -41,3 +42,20 @@ def test_waiting_times_the_wait_and_passes_everything_on():
         time.sleep(0.02)
     assert got == [0, 1, 2]
     assert 0.03 <= clock.summary()["stages"]["wait"]["seconds"] < 0.06 + 0.03
+
+
+def test_what_was_waited_for_is_let_go_before_the_next_is():
+    alive = []
+
+    def made():
+        for _ in range(3):
+            alive.append([ref() is not None for ref in there])
+            item = torch.zeros(1)
+            there.append(weakref.ref(item))
+            yield item
+            del item
+
+    there = []
+    for item in Clock(torch.device("cpu")).waiting("wait", made()):
+        del item
+    assert alive == [[], [False], [False, False]]
