@@ -12,7 +12,7 @@ from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.processes.sharing import Sharing, positions
 from spatialprobe.engine.queues import Behind, ahead
 from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
-from spatialprobe.engine.spec_folder import SpecFolder
+from spatialprobe.engine.spec_folder import ClipFolder
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import ClipError, ClipRef, first_line
@@ -32,7 +32,7 @@ class Lost(NamedTuple):
 
 def each_clip(
     refs: Sequence[ClipRef],
-    place: FeatureStore | SpecFolder,  # which clips are written to
+    place: FeatureStore | ClipFolder,  # which clips are written to
     load: Callable[[ClipRef], Any],  # in a loader thread: what is made of a clip, or Lost
     write: Callable[[ClipRef, Any], None],  # in a writer thread; may raise ClipError
     *,

@@ -1,7 +1,6 @@
-"""A folder of one `<clip id>.sft` per clip, all made by one spec, which lies beside them: targets, and lifted clips.
+"""Folders of what one spec made, which lies in it: targets and lifted clips, a file for each, and questions.
 
-A clip is done when its file has its final name. What is in a file, its maker knows. Questions, whose files are of many
-clips each, have the spec, the records and the failures alone.
+A file is done when it has its final name. What is in it, its maker knows.
 """
 
 import json
@@ -24,7 +23,7 @@ S = TypeVar("S")  # a dataclass with to_json
 
 
 class SpecFolder(Generic[S]):
-    """What `engine.report` and a pipeline need of a store, over such a folder."""
+    """The spec, which no other may be mixed with, records of runs, and failures."""
 
     NAME: ClassVar[str]  # of the spec's file
     WHAT: ClassVar[str]  # the folder holds, in the plural
@@ -53,10 +52,33 @@ class SpecFolder(Generic[S]):
             raise ValueError(f"{root} is not empty and no folder of {cls.WHAT}: it holds {', '.join(foreign[:5])}")
 
     @classmethod
-    def failed(cls, root: Path) -> set[str]:
-        """Clips whose last attempt failed and that have no file. Raises ValueError for no such folder."""
+    def check_retry(cls, root: Path) -> None:
+        """Raises ValueError where no earlier run can have failed."""
         if not (root / cls.NAME).exists():
             raise ValueError(f"there is nothing to retry: {root} is no folder of {cls.WHAT}")
+
+    def write_record(self, name: str, text: str) -> None:
+        """Writes a small file, whole or not at all; one of that name is replaced."""
+        with room_for(self.root / name, len(text)):
+            temp = self.run.file()
+            write_text(temp, text)
+            publish(temp, self.root / name)
+
+    def record_report(self, shard: str | None, record: dict[str, Any]) -> None:
+        """Keeps a run's report, each shard's in a file of its own."""
+        self.write_record(run_file(shard), json.dumps(record, indent=1))
+
+    def record_failure(self, clip_id: str, stage: str, reason: str) -> None:
+        append_failure(self.root / "failed.jsonl", clip_id, stage, reason)
+
+
+class ClipFolder(SpecFolder[S]):
+    """One `<clip id>.sft` per clip: what `engine.report` and `each_clip` need of a place to write to."""
+
+    @classmethod
+    def failed(cls, root: Path) -> set[str]:
+        """Clips whose last attempt failed and that have no file. Raises ValueError for no such folder."""
+        cls.check_retry(root)
         records, _ = read_failures(root / "failed.jsonl")
         return {clip_id for clip_id in records if not (root / f"{clip_id}{SUFFIX}").exists()}
 
@@ -80,17 +102,3 @@ class SpecFolder(Generic[S]):
             finally:
                 temp.unlink(missing_ok=True)
         return size
-
-    def write_record(self, name: str, text: str) -> None:
-        """Writes a small file beside the clips, whole or not at all; one of that name is replaced."""
-        with room_for(self.root / name, len(text)):
-            temp = self.run.file()
-            write_text(temp, text)
-            publish(temp, self.root / name)
-
-    def record_report(self, shard: str | None, record: dict[str, Any]) -> None:
-        """Keeps a run's report, each shard's in a file of its own."""
-        self.write_record(run_file(shard), json.dumps(record, indent=1))
-
-    def record_failure(self, clip_id: str, stage: str, reason: str) -> None:
-        append_failure(self.root / "failed.jsonl", clip_id, stage, reason)

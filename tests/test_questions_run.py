@@ -195,6 +195,8 @@ def test_a_folder_of_other_settings_or_other_things_is_refused(whole, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty and no folder of questions: it holds notes.txt"):
         QuestionFolder(tmp_path, spec())
+    with pytest.raises(ValueError, match=r"there is nothing to retry: .* is no folder of questions"):
+        QuestionFolder.check_retry(tmp_path)
     with pytest.raises(ValueError, match=r"is no folder of lifted clips: it has no lift.json"):
         clip_ids(tmp_path)
 

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 from spatialprobe.engine import each_clip
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.processes.leases import Leases
-from spatialprobe.engine.spec_folder import SpecFolder
+from spatialprobe.engine.spec_folder import ClipFolder
 from spatialprobe.engine.store import FeatureStore
 
 role, diary, argv = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
@@ -76,7 +76,7 @@ def noted_write(write):
     return noted
 
 each_clip.ahead, Leases.claim = noted_ahead, gated_claim
-for place in (SpecFolder, FeatureStore):
+for place in (ClipFolder, FeatureStore):
     place.write = noted_write(place.write)
 sys.exit(main(argv))
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 from spatialprobe.engine.clipfile import Entry, read_header
 from spatialprobe.engine.lifting.lift import Lifted
 from spatialprobe.engine.lifting.objects import SHAPES, ObjectTable
-from spatialprobe.engine.spec_folder import SUFFIX, SpecFolder
+from spatialprobe.engine.spec_folder import SUFFIX, ClipFolder
 from spatialprobe.engine.types import FrameSelection
 
 __all__ = ["POINT_DTYPES", "SPEC", "SUFFIX", "LiftFolder", "LiftSpec", "file_tensors", "read_spec", "read_table"]
@@ -62,7 +62,7 @@ def read_spec(path: Path) -> LiftSpec:
         raise ValueError(f"{path} is not the spec of a folder of lifted clips: {error}") from error
 
 
-class LiftFolder(SpecFolder[LiftSpec]):
+class LiftFolder(ClipFolder[LiftSpec]):
     NAME, WHAT, READ = SPEC, "lifted clips", staticmethod(read_spec)
 
 

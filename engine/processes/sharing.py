@@ -11,7 +11,7 @@ from typing import Any
 
 from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.report import Outcomes
-from spatialprobe.engine.spec_folder import SpecFolder
+from spatialprobe.engine.spec_folder import ClipFolder
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef
 
@@ -78,7 +78,7 @@ class Sharing:
 
     def __init__(
         self,
-        store: FeatureStore | SpecFolder,
+        store: FeatureStore | ClipFolder,
         *,
         since: dict[str, int] | None = None,
         first: float = 0.0,

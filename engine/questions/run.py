@@ -21,7 +21,7 @@ from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.processes.sharing import POLL, look_again
 from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.questions.ask import Chosen, ask_together, choose, together
-from spatialprobe.engine.questions.folder import SPEC, Failure, QuestionFolder, QuestionSpec
+from spatialprobe.engine.questions.folder import Failure, QuestionFolder, QuestionSpec
 from spatialprobe.engine.questions.lines import chat_lines, record_lines
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.questions.types import BY_TYPE
@@ -66,8 +66,8 @@ def run_ask(job: AskJob, *, retry_failed: bool = False) -> tuple[Report, Path, d
     )
     parts = select_shard(list(range(-(-len(ids) // spec.part_clips))), job.shard, None)
     QuestionFolder.check_place(out, spec)
-    if retry_failed and not (out / SPEC).exists():
-        raise ValueError(f"there is nothing to retry: {out} is no folder of questions")
+    if retry_failed:
+        QuestionFolder.check_retry(out)
     folder = QuestionFolder(out, spec)
     with RunLog(out / "log.jsonl", total=len(parts), unit="part") as log:
         report = ask_parts(root, ids, parts, folder, read_table, retry_failed=retry_failed, progress=log.clip)

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from spatialprobe.engine.spec_folder import SpecFolder
+from spatialprobe.engine.spec_folder import ClipFolder
 from spatialprobe.engine.types import FrameSelection
 
 SPEC = "targets.json"
@@ -47,5 +47,5 @@ def read_spec(path: Path) -> TargetSpec:
         raise ValueError(f"{path} is not the spec of a folder of targets: {error}") from error
 
 
-class TargetFolder(SpecFolder[TargetSpec]):
+class TargetFolder(ClipFolder[TargetSpec]):
     NAME, WHAT, READ = SPEC, "targets", staticmethod(read_spec)
