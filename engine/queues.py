@@ -4,11 +4,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.types import first_line
 
 
@@ -130,12 +132,14 @@ class Behind:
         task.future, task.give = task.give(), None
 
     def settle_rest(self) -> None:
-        """Settles all that is left. What cannot be stored any more is left unsettled, to be done again another time."""
+        """Settles all that is left. What cannot be stored any more is left unsettled, to be done again another time;
+        what is stored is settled, though there may be no room for a line that says so."""
         while self._under_way:
             task = self._under_way.popleft()
             future = task.future or task.give()
             if not isinstance(future.exception(), OSError):
-                self._close(task.item, future)
+                with suppress(StoreFull):
+                    self._close(task.item, future)
 
     def wait(self, depth: int | None = None) -> None:
         """Settles what is done, and waits until at most `depth` are under way."""

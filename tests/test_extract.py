@@ -243,24 +243,59 @@ def test_an_interrupt_in_the_middle_of_a_write_miscounts_nothing(clips, tmp_path
     assert sorted(outcomes) == [(clip_id, "written", "") for clip_id in store.ids()]
 
 
-def test_a_full_disk_after_an_interrupt_leaves_a_report(clips, tmp_path, monkeypatch):
-    store_write, outcomes = FeatureStore.write, []
+@pytest.mark.parametrize("ended_by", ["an interrupt", "a full disk"])
+def test_what_is_under_way_when_a_run_ends_is_settled_and_counted(clips, tmp_path, monkeypatch, ended_by):
+    """Nothing of the first batch is written before the second one comes; of that batch two clips find no room."""
+    store_write, second, outcomes, threads = FeatureStore.write, threading.Event(), [], threading.active_count()
 
-    def full_at_last(self, clip_id, *args):
-        if len(outcomes) == 3:
+    class Ending(Ramp):
+        def encode(self, inputs, plan):
+            if self.batches:
+                second.set()
+                if ended_by == "an interrupt":
+                    raise KeyboardInterrupt
+            return super().encode(inputs, plan)
+
+    def write(self, clip_id, *args):
+        assert second.wait(60)
+        if clip_id in ("a10", "a13"):
             raise StoreFull(28, "No space left on device", str(self.path(clip_id)))
+        if clip_id == "a15":
+            raise ClipError("its features are odd")
         return store_write(self, clip_id, *args)
 
-    def stop_after_three(*outcome):
-        outcomes.append(outcome)
-        if len(outcomes) == 3:
-            raise KeyboardInterrupt
+    monkeypatch.setattr(FeatureStore, "write", write)
+    store, ids = FeatureStore.create(tmp_path / "s", spec()), [f"a{n}" for n in range(10, 26)]
+    report = extract(refs(*ids), Ending(), store, batch_size=8, progress=lambda *o: outcomes.append(o))
+    assert report.interrupted == (ended_by == "an interrupt")
+    assert report.stopped == (
+        "" if report.interrupted else f"[Errno 28] No space left on device: '{store.path('a10')}'"
+    )
+    given = ids[:8] if report.interrupted else ids  # to the writers
+    assert outcomes == [
+        (clip_id, *(("failed", "its features are odd") if clip_id == "a15" else ("written", "")))
+        for clip_id in given
+        if clip_id not in ("a10", "a13")
+    ]
+    assert store.ids() == [clip_id for clip_id, outcome, _ in outcomes if outcome == "written"]
+    assert (report.written, report.failed) == (len(given) - 3, 1)
+    assert report.failures == {"a15": "features: its features are odd"}
+    assert list(store.failures()) == ["a15"]
+    assert threading.active_count() <= threads
+    monkeypatch.setattr(FeatureStore, "write", store_write)
+    assert extract(refs(*ids), Ramp(), store).written == 19 - len(given)
+    assert store.ids() == ids
 
-    monkeypatch.setattr(FeatureStore, "write", full_at_last)
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_disk_without_room_for_a_line_in_the_log_ends_the_run_with_a_report(clips, tmp_path, batch):
+    def progress(*outcome):
+        raise StoreFull(28, "No space left on device", "log.jsonl")
+
     store = FeatureStore.create(tmp_path / "s", spec())
-    report = extract(refs(*(f"a{n}" for n in range(50))), Ramp(), store, batch_size=8, progress=stop_after_three)
-    assert report.interrupted
-    assert report.written == len(outcomes) == len(store)
+    report = extract(refs(*(f"a{n}" for n in range(40))), Ramp(), store, batch_size=batch, progress=progress)
+    assert report.stopped == "[Errno 28] No space left on device: 'log.jsonl'"
+    assert 0 < report.written == len(store) < 40
 
 
 def test_decode_compute_and_write_overlap(clips, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.queues import Behind, Nearby, ahead
 
 
@@ -53,6 +54,30 @@ def test_order_and_errors_are_those_of_a_pool(nearby):
         behind.wait()
     behind.wait(0)
     assert settled == [(1, "NoneType"), (30, "ValueError"), (2, "NoneType")]
+
+
+def test_the_rest_is_settled_in_order_but_for_what_cannot_be_stored(nearby):
+    def work(n: int) -> int:
+        if n in (0, 3):
+            raise StoreFull(28, "No space left on device", f"clip{n}")
+        if n == 4:
+            raise ValueError("not finite")
+        return n
+
+    def settle(item: int, future) -> None:
+        settled.append((item, str(future.exception() or "")))
+        if item == 2:
+            raise StoreFull(28, "No space left on device", "log.jsonl")
+
+    settled, behind = [], Behind(nearby, 2, settle)
+    for n in range(7):
+        behind.put(n, work, n)
+    behind.settle_rest()
+    assert settled == [(1, ""), (2, ""), (4, "not finite"), (5, ""), (6, "")]
+    behind = Behind(nearby, 2, lambda item, future: future.result())
+    behind.put(4, work, 4)
+    with pytest.raises(ValueError, match="not finite"):
+        behind.settle_rest()
 
 
 @pytest.mark.parametrize("here", [False, True])
