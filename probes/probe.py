@@ -33,8 +33,8 @@ class Probe(nn.Module):
     def __init__(self, task: ProbeTask, config: ProbeConfig, channels: int, facts: Any):
         super().__init__()
         self.task, self.config, self.facts = task, config, facts
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: no GPU's generator is touched
+            torch.default_generator.manual_seed(config.seed)
             self.input = InputLayer(channels, config.embed)
             self.backbone = Backbone(
                 config.embed,

@@ -82,7 +82,7 @@ class Fp8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        q, scale = quantise_rows(x.flatten(0, -2))
+        q, scale = quantise_rows(x.flatten(0, -2).contiguous())  # torch's product takes rows that lie row by row
         if self.emulate:
             return scaled_product(q, scale, self.rounded, self.scale, self.bias, x.dtype).unflatten(0, x.shape[:-1])
         # Without fast accumulation, which sums in fewer bits. The second operand must lie column by column.
