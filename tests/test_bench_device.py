@@ -1,6 +1,7 @@
 """The GPU benchmark checks itself without one, notices what it checks for, and measures in the order that it will."""
 
 import json
+from importlib.metadata import version
 
 import bench_device
 import device_flops
@@ -76,7 +77,7 @@ def test_a_record_keeps_other_models(tmp_path):
     assert path.name == "device-nvidia-h200.json"
     models = json.loads(path.read_text())["models"]
     assert {name: one["rows"] for name, one in models.items()} == {"a": {}, "b": {"1 step": {}}}
-    assert models["a"]["machine"]["versions"]["torch"] == torch.__version__
+    assert models["a"]["machine"]["versions"]["torch"] == version("torch")
 
 
 def test_an_unknown_model_is_refused(capsys):

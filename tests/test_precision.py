@@ -18,6 +18,8 @@ from spatialprobe.engine.device.precision import (
 )
 from spatialprobe.engine.job import Job, resolve
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+NO_ROW_SCALES = pytest.mark.skipif(TORCH < (2, 12), reason="torch 2.11's product of fp8 takes no row scales on a CPU")
 SHAPES = [(1, 16, 16), (7, 48, 32), (33, 160, 80)]  # tokens, K, N
 
 
@@ -105,7 +107,7 @@ def test_sums_are_float32():
     assert fp8_linear(x, weight).tolist() == [[16 * 448.0**2 + 256] * 16]
 
 
-@pytest.mark.parametrize("emulate", [True, False])
+@pytest.mark.parametrize("emulate", [True, pytest.param(False, marks=NO_ROW_SCALES)])
 @pytest.mark.parametrize(("tokens", "k", "n"), SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_layer_is_the_definition(tokens, k, n, bias, emulate):

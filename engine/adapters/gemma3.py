@@ -64,8 +64,9 @@ class Gemma3(Adapter):
 
         where = f"{self.checkpoint.root}/config.json"
         check_fields(self.config, Gemma3Config, where, harmless=TRANSFORMERS_4)
+        harmless = TRANSFORMERS_4 | {"vision_use_head"}  # of what comes after; unknown to transformers 5.17
         for part, cls in (("text_config", Gemma3TextConfig), ("vision_config", SiglipVisionConfig)):
-            check_fields(table_of(self.config, part, where), cls, f"{where}, {part}", harmless=TRANSFORMERS_4)
+            check_fields(table_of(self.config, part, where), cls, f"{where}, {part}", harmless=harmless)
 
     def _library_config(self):
         from transformers import Gemma3Config
