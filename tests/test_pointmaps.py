@@ -14,6 +14,7 @@ from spatialprobe.engine.demo.probes import write_noise
 from spatialprobe.engine.demo.render import render_clip
 from spatialprobe.engine.demo.scene_files import unproject, write_demo, write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
+from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.pointmaps.encode import channel_names, encode_points, token_shares
 from spatialprobe.engine.pointmaps.options import PointOptions
 from spatialprobe.engine.pointmaps.run import run_points
@@ -357,6 +358,49 @@ def test_shards_and_an_interrupted_run_make_the_store_of_one_run(root, like, tmp
     for clip_id in like.ids():
         for folder in (tmp_path / "shards", cut):
             assert FeatureStore.open(folder).path(clip_id).read_bytes() == whole.path(clip_id).read_bytes()
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(root, like, tmp_path, monkeypatch, capsys):
+    """While points are written, then while the run's report is."""
+    _, whole = run_points(open_labels(root), like, tmp_path / "whole", PointOptions(bands=1))
+    write, write_record, out = FeatureStore.write, FeatureStore.write_record, tmp_path / "points"
+    said = ["points", str(root), "--like", str(like.root), "--out", str(out), "--bands", "1"]
+    room = like.ids()[:3]
+
+    def full(self, clip_id, *args):
+        if clip_id not in room:
+            raise StoreFull(28, "No space left on device: 1 MB needed, 0 MB free", str(self.path(clip_id)))
+        return write(self, clip_id, *args)
+
+    monkeypatch.setattr(FeatureStore, "write", full)
+    assert main(said) == 1
+    told, store = capsys.readouterr(), FeatureStore.open(out)
+    assert f"{out}: 3 written, 0 there before, 0 failed" in told.out
+    (line,) = told.err.splitlines()
+    named = (
+        f"No space left on device: 1 MB needed, 0 MB free: '{store.path(like.ids()[3])}'; run the same command again"
+    )
+    assert line.startswith(f"engine: stopped: [Errno 28] {named}")
+    assert json.loads((out / "run.json").read_text())["stopped"] in line
+    assert store.ids() == room
+    assert store.failures() == {}
+    assert store.verify() == []
+
+    def no_record(self, name, text):
+        raise StoreFull(28, "No space left on device: 0.001 MB needed, 0 MB free", str(self.root / name))
+
+    monkeypatch.setattr(FeatureStore, "write", write)
+    monkeypatch.setattr(FeatureStore, "write_record", no_record)
+    assert main(said) == 1
+    told = capsys.readouterr()
+    assert f"{out}: 5 written, 3 there before, 0 failed" in told.out
+    assert f"stopped: [Errno 28] No space left on device: 0.001 MB needed, 0 MB free: '{out / 'run.json'}'" in told.err
+    monkeypatch.setattr(FeatureStore, "write_record", write_record)
+    assert main(said) == 0
+    assert json.loads((out / "run.json").read_text())["stopped"] == ""
+    assert not (out / "tmp").exists()
+    for clip_id in like.ids():
+        assert store.path(clip_id).read_bytes() == whole.path(clip_id).read_bytes()
 
 
 def test_a_store_says_what_it_was_made_of(tmp_path):
