@@ -4,10 +4,12 @@ test_several_runs.py has runs of several processes.
 """
 
 import errno
+import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 import torch
@@ -19,14 +21,14 @@ from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.report import Report
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
 from spatialprobe.engine.timing import Clock
-from spatialprobe.engine.types import ClipError, ClipRef, FrameSelection
+from spatialprobe.engine.types import ClipError, ClipRef, FrameSelection, ShortClip
 
 
-def run(root: Path, load, clips=range(5)) -> tuple[TargetFolder, Report]:
+def run(root: Path, load, clips=range(5), *, write=None, short="pad") -> tuple[TargetFolder, Report]:
     """Makes a file of what `load` returns, a number, for each clip."""
-    folder = TargetFolder(root, TargetSpec("teacher", "content:0", FrameSelection(), None))
+    folder = TargetFolder(root, TargetSpec("teacher", "content:0", FrameSelection(short=short), None))
     refs = [ClipRef(f"clip{i}", "/nowhere") for i in clips]
-    write = lambda ref, made: folder.write(ref.id, {"x": torch.tensor(made)}, {})  # noqa: E731
+    write = write or (lambda ref, made: folder.write(ref.id, {"x": torch.tensor(made)}, {}))
     return folder, each_clip(refs, folder, load, write, clock=Clock(torch.device("cpu")), loaders=1, writers=1)
 
 
@@ -45,6 +47,7 @@ def failures(folder: TargetFolder) -> dict[str, tuple[str, str]]:
     [
         (MemoryError(), "MemoryError"),  # as Python's own, which says nothing
         (MemoryError("no room for 3 GB\nat all"), "no room for 3 GB"),
+        (torch.OutOfMemoryError("CUDA out of memory\nat all"), "CUDA out of memory"),
     ],
 )
 def test_without_memory_the_run_ends_and_says_so(tmp_path, error, told):
@@ -72,6 +75,98 @@ def test_a_lost_clip_is_recorded_with_one_line_and_the_run_goes_on(tmp_path):
         "clip1": ("read", "ValueError"), "clip3": ("lift", "no such file"), "clip4": ("lift", "too short"),
     }  # fmt: skip
     assert (report.asked, report.written, report.failed, report.stopped) == (5, 2, 3, "")
+
+
+def test_a_short_clip_is_skipped_where_that_was_asked_for(tmp_path):
+    lost = {"clip1": Lost.by("read", ShortClip("window of 2 frames, got 1"))}
+    folder, report = run(tmp_path, lambda ref: lost.get(ref.id, 0), short="skip")
+    assert (report.written, report.skipped, report.failed) == (4, 1, 0)
+    assert failures(folder) == {}
+
+
+@pytest.mark.parametrize(("error", "loads_for"), [(KeyboardInterrupt(), 1.5), (RuntimeError("a bug"), 0)])
+def test_nothing_is_under_way_when_a_run_has_ended(tmp_path, error, loads_for):
+    """Two clips are being written and one is loaded when the one before it ends the run."""
+    ended, begun, done = Event(), [], []
+
+    def load(ref):
+        if ref.id == "clip2":
+            ended.set()
+            raise error
+        begun.append(("load", ref.id))
+        if ref.id == "clip3":
+            time.sleep(loads_for)
+        done.append(("load", ref.id))
+        return number(ref)
+
+    def write(ref, made):
+        begun.append(("write", ref.id))
+        assert ended.wait(60)
+        time.sleep(0.3)
+        done.append(("write", ref.id))
+
+    if isinstance(error, KeyboardInterrupt):
+        _, report = run(tmp_path, load, write=write)
+        assert (report.interrupted, report.stopped, report.written) == (True, "", 2)
+        assert report.timing["stages"]["wait for loaders"]["seconds"] > 0
+    else:
+        with pytest.raises(RuntimeError, match="a bug"):
+            run(tmp_path, load, write=write)
+    assert sorted(done) == sorted(begun)
+    assert {("write", "clip0"), ("write", "clip1")} <= set(done)
+
+
+def test_loaders_wait_for_writers(tmp_path):
+    """While the first clip is written two more are given to the writer, and a loader is ahead of them by one."""
+    loads, seen = [], []
+
+    def load(ref):
+        loads.append(ref.id)
+        return 0
+
+    def write(ref, made):
+        end = time.monotonic() + 20
+        while len(loads) < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+        if not seen:
+            time.sleep(0.2)
+        seen.append(len(loads))
+
+    _, report = run(tmp_path, load, range(20), write=write)
+    assert seen[0] == 4
+    assert report.written == 20
+
+
+def test_a_clip_that_is_written_is_not_kept_while_the_next_one_loads(tmp_path):
+    made, written, kept = [], Event(), []
+
+    def load(ref):
+        if ref.id == "clip1":
+            assert written.wait(60)
+            end = time.monotonic() + 10
+            while made[0]() is not None and time.monotonic() < end:
+                time.sleep(0.01)
+            kept.append(made[0]())
+        clip = {ref.id}
+        made.append(weakref.ref(clip))
+        return clip
+
+    run(tmp_path, load, write=lambda ref, clip: written.set())
+    assert kept == [None]
+
+
+def test_what_fails_elsewhere_after_the_start_has_failed_here_too(tmp_path, monkeypatch):
+    """Also between the start of a run and its first look at who works on what."""
+    ids, loads = TargetFolder.ids, []
+
+    def listed(self):
+        self.record_failure("clip3", "read", "too dark")
+        return ids(self)
+
+    monkeypatch.setattr(TargetFolder, "ids", listed)
+    _, report = run(tmp_path, lambda ref: loads.append(ref.id) or 0)
+    assert loads == ["clip0", "clip1", "clip2", "clip4"]
+    assert report.failures == {"clip3": "read: too dark"}
 
 
 def test_what_failed_in_the_other_run_is_not_tried_again_and_has_failed_here_too(tmp_path):
