@@ -102,7 +102,10 @@ class Checkpoint:
         return {tensor: tuple(entry["shape"]) for tensor, entry in header.items()}
 
     def tensor_files(self, folder: str = "") -> dict[str, str]:
-        """{tensor name: file that holds it} for the safetensors of `folder`, which may also be one such file."""
+        """{tensor name: file that holds it} for the safetensors of `folder`, which may also be one such file.
+
+        A folder's are not downloaded for it: a plan of memory asks too.
+        """
         if folder.endswith(".safetensors"):
             with _open_shard(self.file(folder)) as shard:
                 return dict.fromkeys(shard.keys(), folder)
@@ -113,12 +116,9 @@ class Checkpoint:
         reasons = []
         for single in (f"{prefix}{stem}.safetensors" for stem in STEMS):
             try:
-                path = self.file(single)
+                return dict.fromkeys(self.shapes(single), single)
             except ValueError as error:
                 reasons.append(str(error))
-                continue
-            with _open_shard(path) as shard:
-                return dict.fromkeys(shard.keys(), single)
         raise ValueError(f"no safetensors weights (pickled ones are not read): {'; '.join(reasons)}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +163,11 @@ def test_from_the_hub_only_files_of_wanted_blocks_are_fetched(wan_path, tmp_path
         shutil.copy(wan_path / name, cache / name)
         fetched.append(name)
 
+    def served(name):
+        if not (wan_path / name).is_file():
+            raise EntryNotFoundError(f"no {name}")
+        return {tensor: SimpleNamespace(shape=x.shape) for tensor, x in load_file(wan_path / name).items()}
+
     def snapshot_download(repo, revision=None, allow_patterns=()):
         names = [str(p.relative_to(wan_path)) for p in wan_path.rglob("*") if p.is_file()]
         for name in names:
@@ -171,6 +177,8 @@ def test_from_the_hub_only_files_of_wanted_blocks_are_fetched(wan_path, tmp_path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, revision: fetch(name) or cache / name)
+    metadata = lambda self, repo, name, revision: SimpleNamespace(tensors=served(name))  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.HfApi.parse_safetensors_file_metadata", metadata)
     wan = Wan(Checkpoint.open("owner/wan"), {**Wan.OPTIONS, "size": (64, 96)})
     assert not any(name.endswith(".safetensors") for name in fetched)
     wan.load(1, torch.device("cpu"), torch.float32, tmp_path / "prompts")
@@ -251,11 +259,13 @@ def test_one_file_may_be_named_and_its_shapes_are_read_from_the_header(saved):
 
 
 def test_shapes_of_a_file_on_the_hub_come_without_its_tensors(tmp_path, monkeypatch):
-    from types import SimpleNamespace
+    import huggingface_hub
 
     asked = []
 
     def metadata(self, repo, name, *, revision):
+        if name == "part/model.safetensors":
+            raise huggingface_hub.errors.EntryNotFoundError(f"no {name}")
         asked.append((repo, name, revision))
         return SimpleNamespace(tensors={"a": SimpleNamespace(shape=[2, 3])})
 
@@ -263,6 +273,7 @@ def test_shapes_of_a_file_on_the_hub_come_without_its_tensors(tmp_path, monkeypa
     checkpoint = Checkpoint(tmp_path, repo="owner/name", revision="f" * 40)
     assert checkpoint.shapes("big.safetensors") == {"a": (2, 3)}
     assert asked == [("owner/name", "big.safetensors", "f" * 40)]
+    assert checkpoint.tensor_files("part") == {"a": "part/diffusion_pytorch_model.safetensors"}
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"owner/name/big\.safetensors is not in the local Hub cache"):
         checkpoint.shapes("big.safetensors")
