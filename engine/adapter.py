@@ -25,7 +25,6 @@ class Adapter(ABC):
     AUTO_BATCH: ClassVar[int] = 1  # clips that fill a GPU, where batch "auto" starts
     OPTIONS: ClassVar[dict[str, Any]]  # the family's own settings with their defaults; all are fields of the spec
     PARITY: ClassVar[dict[str, Any]]  # options under which the published study made its features
-    PLANS_MEMORY: ClassVar[bool] = False  # `load` and a pass work on the meta device, where tensors have shapes alone
     PREPARES_ON_DEVICE: ClassVar[bool] = False  # `prepare` is `images.resize` and torch alone: frames may lie anywhere
 
     num_layers: int  # blocks of the whole model
@@ -47,7 +46,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
-        """Loads the first `depth` blocks and what runs before them. `cache` is a folder for computed constants."""
+        """Loads the first `depth` blocks and what runs before them. `cache` is a folder for computed constants.
+
+        On the meta device nothing is read, and a pass must work, on shapes alone: so is memory planned.
+        """
 
     @abstractmethod
     def prepare(self, clip: Clip, plan: Plan) -> Inputs:

@@ -66,8 +66,6 @@ def plan_lines(job: Job) -> Iterator[str]:
 
 
 def _why_unplanned(resolved: Resolved) -> str:
-    if not resolved.adapter.PLANS_MEMORY:
-        return f"of family {resolved.spec.family}"
     return "of windows of any length" if resolved.spec.frames.window is None else "with offloaded blocks"
 
 

@@ -313,7 +313,7 @@ def _compute(job: Job, cls: type[Adapter], preset, device: torch.device) -> tupl
             raise ValueError(f"compute parity means compute_dtype=bfloat16, but {job.compute_dtype} was asked for")
         chosen, dtype = chosen | cls.PARITY, "bfloat16"
     untiled = cls.OPTIONS.get(tiling.OPTION) is False and tiling.OPTION not in chosen
-    if untiled and device.type == "cuda" and cls.PLANS_MEMORY and job.window != ALL:
+    if untiled and device.type == "cuda" and job.window != ALL:
         chosen[tiling.OPTION] = tiling.AUTO
     return cls.OPTIONS | (preset.options if preset else {}) | chosen, dtype
 

@@ -180,7 +180,7 @@ def load(resolved: Resolved, cache: Path) -> dict:
 def memory_of(resolved: Resolved, batch: int, cache: Path) -> MemoryPlan | None:
     """What a job needs of the device's memory; None where that cannot be planned."""
     adapter, window, spec = resolved.adapter, resolved.spec.frames.window, resolved.spec
-    if not adapter.PLANS_MEMORY or window is None or spec.offload != "none":
+    if window is None or spec.offload != "none":
         return None
     return plan_memory(adapter, spec, resolved.depth, batch, window, cache)
 

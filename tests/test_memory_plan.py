@@ -1,59 +1,91 @@
-"""Memory counted on the meta device is that of a real pass, and what it is made of adds up."""
+"""Memory counted on the meta device is what a real pass allocates, and what it is made of adds up."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from allocated import Allocated
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spatialprobe.engine.adapter import plan_clip
-from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
+from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.demo.tiny.cogvideox import build_aether, build_cogvideox
 from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.demo.tiny.gemma3 import build_gemma3
 from spatialprobe.engine.demo.tiny.glm4v import build_glm4v
 from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
+from spatialprobe.engine.demo.tiny.internvl import build_internvl
+from spatialprobe.engine.demo.tiny.llava_onevision import build_llava_onevision
 from spatialprobe.engine.demo.tiny.ltx import build_ltx
 from spatialprobe.engine.demo.tiny.mochi import build_mochi
+from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
+from spatialprobe.engine.demo.tiny.qwen3_5 import build_qwen3_5
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
-from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
+from spatialprobe.engine.demo.tiny.qwen3_vl_moe import build_qwen3_vl_moe
+from spatialprobe.engine.demo.tiny.wan import build_wan_experts, build_wan_i2v, build_wan_t2v, build_wan_ti2v
+from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.live_bytes import META, LiveBytes
 from spatialprobe.engine.device.memory_plan import MemoryPlan, modules_of, plan_memory, run_once, shapes_of
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.parts.text_encoder import encoder_bytes
 from spatialprobe.engine.tap import Taps
 from spatialprobe.engine.types import COMPUTE_DTYPES
 
 BUILD = {
     "wan": build_wan_t2v,
     "wan_i2v": build_wan_i2v,
+    "wan_ti2v": build_wan_ti2v,
+    "wan_experts": build_wan_experts,
     "cogvideox": build_cogvideox,
+    "aether": build_aether,
+    "open_sora": build_open_sora,
     "hunyuan_video": build_hunyuan_video,
     "ltx": build_ltx,
     "mochi": build_mochi,
     "cosmos": build_cosmos,
     "qwen3_vl": build_qwen3_vl,
+    "qwen3_vl_moe": build_qwen3_vl_moe,
     "qwen2_5_vl": build_qwen2_5_vl,
+    "qwen3_5": build_qwen3_5,
     "glm4v": build_glm4v,
     "gemma3": build_gemma3,
-} | {name: partial(build_encoder, name=name) for name in ("clip", "siglip", "siglip2", "aimv2", "dinov2", "dinov3")}
+    "internvl": build_internvl,
+    "internvl_original": partial(build_internvl, layout="original"),
+    "llava_onevision": build_llava_onevision,
+}
+ENCODERS = ("clip", "siglip", "siglip2", "aimv2", "dinov2", "dinov3", "vjepa2", "videomae")
+BUILD |= {name: partial(build_encoder, name=name) for name in ENCODERS}
 VGM = {"steps": [749, 300], "options": {"size": "64x96"}}
-WORDS = {
+VLM = {"options": {"size": "112x168"}}
+WORDS = dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "glm4v", "llava_onevision"), VLM) | {
     "wan": VGM,
     "wan_i2v": VGM | {"family": "wan_i2v"},
+    "wan_ti2v": VGM,
+    "wan_experts": VGM,
+    "open_sora": VGM | {"family": "open_sora", "layers": [1, 3]},  # a block of two streams, and one of one
     "hunyuan_video": VGM,
     "ltx": VGM,
     "mochi": VGM,
     "cosmos": VGM,
     "cogvideox": {"steps": [749], "options": {"size": "64x96", "half_frames": 9}},
+    "aether": {"steps": [749], "family": "aether", "options": {"size": "64x96", "half_frames": 9}},
+    "videomae": {"window": 8},  # its own
 }
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {family: build(root / family) for family, build in BUILD.items()}
+    made = {family: build(root / family) for family, build in BUILD.items()}
+    base = build_cogvideox(root / "base", "5b-i2v", num_layers=1)
+    for part in ("tokenizer", "text_encoder", "vae", "scheduler"):
+        (made["aether"] / part).symlink_to(base / part)
+    return made
 
 
 def resolved(paths, family, tmp_path, **words):
@@ -61,20 +93,26 @@ def resolved(paths, family, tmp_path, **words):
     return resolve(Job.from_words(asked | {"layers": [0, 1]} | WORDS.get(family, {}) | words))
 
 
+def planned(found, cache, batch: int = 1) -> MemoryPlan:
+    return plan_memory(found.adapter, found.spec, found.depth, batch, found.spec.frames.window, cache)
+
+
 def measured(found, cache, batch: int) -> MemoryPlan:
-    """The same batch with real weights and pixels."""
+    """The same batch with real weights and pixels, as the allocator saw it."""
     adapter, spec, peaks = found.adapter, found.spec, {}
     with torch.inference_mode():
         adapter.load(found.depth, torch.device("cpu"), COMPUTE_DTYPES[spec.compute_dtype], cache)
-        plan, rows = plan_clip(9, adapter, spec)
+        set_up_blocks(adapter.blocks, attention=spec.attention)
+        plan, rows = plan_clip(spec.frames.window, adapter, spec)
         adapter.PREPARES_ON_DEVICE = False  # so that the pixels are real
         inputs = {name: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x
                   for name, x in shapes_of(adapter, plan, batch).items()}  # fmt: skip
-        with LiveBytes() as count:
-            count.see([list(m.parameters()) + list(m.buffers()) for m in modules_of(adapter)])
-            weights, taps = count.live, Taps(adapter.blocks, spec.layers)
-            run_once(adapter, spec, plan, rows, taps, inputs, count, peaks, torch.device("cpu"))
-            taps.remove()
+        held = {x.untyped_storage() for m in modules_of(adapter) for x in (*m.parameters(), *m.buffers())}
+        weights = sum(storage.nbytes() for storage in held)
+        count = Allocated(weights + sum(x.nbytes for x in inputs.values()))
+        taps = Taps(adapter.blocks, spec.layers)
+        run_once(adapter, spec, plan, rows, taps, inputs, count, peaks, torch.device("cpu"))
+        taps.remove()
     return MemoryPlan(weights, 0, peaks["encode"], peaks["blocks"], 0)
 
 
@@ -82,12 +120,38 @@ def measured(found, cache, batch: int) -> MemoryPlan:
 @pytest.mark.parametrize(("batch", "words"), [(1, {}), (2, {"compute_dtype": "bfloat16", "store_dtype": "int8"})])
 def test_the_plan_is_within_15_percent_of_a_real_pass(family, batch, words, paths, tmp_path):
     found = resolved(paths, family, tmp_path, **words)
-    plan = plan_memory(found.adapter, found.spec, found.depth, batch, 9, tmp_path)
-    real = measured(found, tmp_path / "cache", batch)
+    plan, real = planned(found, tmp_path, batch), measured(found, tmp_path / "cache", batch)
     for name in ("weights", "encode", "blocks"):
         assert getattr(plan, name) == pytest.approx(getattr(real, name), rel=0.15), name
     assert plan.encode > plan.weights > 0
     assert plan.blocks > plan.weights
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "glm4v", "gemma3", "internvl", "internvl_original", "llava_onevision"])
+def test_so_it_is_of_a_vision_tower(family, paths, tmp_path):
+    options = WORDS.get(family, {}).get("options", {}) | {"tap": "vision"}
+    found = resolved(paths, family, tmp_path, options=options)
+    plan, real = planned(found, tmp_path), measured(found, tmp_path / "cache", 1)
+    assert (plan.encode, plan.blocks) == pytest.approx((real.encode, real.blocks), rel=0.15)
+
+
+def test_so_it_is_of_shorter_and_longer_windows(paths, tmp_path):
+    found = [resolved(paths, "vjepa2", tmp_path, window=window) for window in (1, 4, 9, 20)]
+    plans = [planned(each, tmp_path) for each in found]
+    real = [measured(each, tmp_path / "cache", 1) for each in found]
+    assert [x.encode for x in plans] == pytest.approx([x.encode for x in real], rel=0.15)
+    assert [x.blocks for x in plans] == pytest.approx([x.blocks for x in real], rel=0.15)
+    assert plans[-1].blocks > 3 * plans[0].blocks
+
+
+def test_attention_by_its_definition_has_all_scores_in_memory(paths, tmp_path):
+    found = [
+        resolved(paths, "vjepa2", tmp_path, options={"size": "160x160"}, attention=name) for name in ("math", "auto")
+    ]
+    math, auto = (planned(each, tmp_path) for each in found)
+    tokens, heads = 5 * 10 * 10, found[0].adapter.config.num_attention_heads
+    assert math.blocks - auto.blocks > heads * tokens**2 * 4  # float32
+    assert math.blocks == pytest.approx(measured(found[0], tmp_path / "cache", 1).blocks, rel=0.15)
 
 
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video", "ltx", "mochi", "cosmos"])
@@ -100,6 +164,16 @@ def test_the_prompt_of_a_plan_is_made_like_the_real_one(family, words, paths, tm
         model.load(1, device, COMPUTE_DTYPES[found.spec.compute_dtype], tmp_path)
         made.append({name: (x.shape, x.dtype) for name, x in model.text.items()})
     assert made[0] == made[1] != {}
+
+
+def test_the_prompt_of_open_sora_is_made_like_the_real_one(paths, tmp_path):
+    found = resolved(paths, "open_sora", tmp_path, compute_dtype="bfloat16")
+    made = []
+    for device in (torch.device("cpu"), META):
+        model = type(found.adapter)(found.adapter.checkpoint, dict(found.adapter.options))
+        model.load(1, device, torch.bfloat16, tmp_path)
+        made.append([(x.shape, x.dtype) for x in (model.text, model.pooled)])
+    assert made[0] == made[1]
 
 
 def test_more_clips_deeper_layers_and_larger_frames_need_more(paths, tmp_path):
@@ -147,6 +221,27 @@ def test_the_text_encoder_counts_until_its_prompt_is_kept(paths, tmp_path):
     assert plan_memory(found.adapter, found.spec, found.depth, 1, 9, tmp_path).prompt == 0
 
 
+def test_text_encoders_that_run_one_after_the_other_need_what_the_larger_does(paths, tmp_path):
+    found = resolved(paths, "open_sora", tmp_path)
+    sizes = [
+        sum(x.nbytes for x in load_file(paths["open_sora"] / name / "model.safetensors").values())
+        for name in ("google/t5-v1_1-xxl", "openai/clip-vit-large-patch14")
+    ]
+    assert planned(found, tmp_path).prompt == max(sizes) > min(sizes)
+    found.adapter.load(1, torch.device("cpu"), torch.float32, tmp_path)
+    assert planned(found, tmp_path).prompt == 0
+
+
+def test_the_text_part_of_a_whole_clip_is_weighed(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    held = []
+    for folder, config in (("text", sizes), ("", {"model_type": "clip", "hidden_size": 999, "text_config": sizes})):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        held.append(encoder_bytes(Checkpoint.open(str(tmp_path)), {folder: "CLIPTextModel"}, torch.float32))
+    assert held[0] == held[1] > 0
+
+
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuan_video", "ltx", "mochi", "cosmos"])
 def test_text_encoders_weigh_what_their_files_hold(family, paths, tmp_path):
     found = resolved(paths, family, tmp_path)
@@ -168,6 +263,36 @@ def test_live_bytes_are_those_of_storages_that_are_there():
         assert (count.live, count.peak) == (6400, 4000 + 3200 + 6400)
         z.add_(1)
         assert count.live == 6400
+
+
+def test_what_composite_operations_make_on_the_way_is_counted():
+    """`group_norm` copies an input that is not contiguous, an `einsum` may too."""
+    with torch.inference_mode(), LiveBytes() as count:
+        x = torch.empty(1, 4, 30, 20, device=META)
+        nbytes = 4 * x.numel()
+        y = torch.nn.functional.group_norm(x.transpose(2, 3), 2)
+        assert count.peak == 3 * nbytes + 2 * 2 * 4  # x, its copy, y, and mean and rstd of two groups
+        assert count.live == 2 * nbytes
+        assert y.shape == (1, 4, 20, 30)
+
+
+def test_attention_is_one_kernel_but_for_its_mask():
+    with torch.inference_mode(), LiveBytes() as count:
+        q = torch.empty(2, 3, 50, 8, device=META, dtype=torch.bfloat16)
+        value = torch.empty(2, 3, 50, 16, device=META, dtype=torch.bfloat16)
+        mask = torch.empty(2, 1, 50, 50, device=META, dtype=torch.bool)
+        before, scores = count.live, 2 * 3 * 50 * 50 * 2
+        for mask_bytes, given in ((0, {}), (2 * 50 * 50 * 2, {"attn_mask": mask}), (0, {"is_causal": True})):
+            count.peak = count.live
+            out = torch.nn.functional.scaled_dot_product_attention(q, q, value, **given)
+            assert out.shape == value.shape
+            assert count.peak - before == out.numel() * 2 + 2 * 3 * 50 * 4 + mask_bytes
+            del out
+        assert count.live == before
+        count.peak = count.live
+        with sdpa_kernel(SDPBackend.MATH):
+            torch.nn.functional.scaled_dot_product_attention(q, q, value)
+        assert count.peak - before > scores
 
 
 def test_data_stays_real_beside_weights_without_memory():

@@ -36,7 +36,6 @@ class Gemma3(Adapter):
     PARITY = OPTIONS
     LIBRARIES = ("transformers",)
     AUTO_BATCH = 2
-    PLANS_MEMORY = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict):
         super().__init__(checkpoint, options)

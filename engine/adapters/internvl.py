@@ -24,6 +24,7 @@ from spatialprobe.engine.parts.frames_as_images import (
     plan_images,
     put_images,
     stored_prefix,
+    token_places,
 )
 from spatialprobe.engine.parts.image_processor import ImageProcessor, normalise
 from spatialprobe.engine.types import Clip, Plan
@@ -201,9 +202,9 @@ class InternVL(Adapter):
             self.model(pixel_values=pixels)
             return
         images = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        words = self.model.get_input_embeddings()(state["input_ids"])
-        embeddings = put_images(words, images, state["image_positions"])
-        self.model.language_model(inputs_embeds=embeddings, use_cache=False)
+        ids = state["input_ids"]
+        embeddings = put_images(self.model.get_input_embeddings()(ids), images, state["image_positions"])
+        self.model.language_model(inputs_embeds=embeddings, position_ids=token_places(ids), use_cache=False)
 
     def grid(self, tokens: Tensor, state: Inputs, plan: Plan) -> Tensor:
         if self.vision:  # [B * T, 1 + H * W, C]: the class token comes first

@@ -24,6 +24,7 @@ from spatialprobe.engine.parts.frames_as_images import (
     plan_images,
     put_images,
     stored_prefix,
+    token_places,
 )
 from spatialprobe.engine.parts.image_grid import fit_pixels, pixel_range
 from spatialprobe.engine.parts.rice_vit import RiceConfig, RiceViT, merged_order, rotary_angles
@@ -168,8 +169,9 @@ class LlavaOneVision(Adapter):
         images = self.tower(state["patches"].flatten(0, 1), state["angles"])
         if self.vision:
             return
-        words = self.decoder.embed_tokens(state["input_ids"])
-        self.decoder(inputs_embeds=put_images(words, images, state["image_positions"]), use_cache=False)
+        ids = state["input_ids"]
+        embeddings = put_images(self.decoder.embed_tokens(ids), images, state["image_positions"])
+        self.decoder(inputs_embeds=embeddings, position_ids=token_places(ids), use_cache=False)
 
     def grid(self, tokens: Tensor, state: Inputs, plan: Plan) -> Tensor:
         if not self.vision:

@@ -20,6 +20,7 @@ from spatialprobe.engine.images import resize, signed
 from spatialprobe.engine.latents import FromLatents
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack
+from spatialprobe.engine.parts.text_encoder import T5, encoder_bytes
 from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan
 
@@ -28,6 +29,7 @@ NUM_STEPS = 1000  # the schedule's length: step 750 is t = .25 before the shift
 GROUP, STRIDE, PATCH = 4, 8, 2  # frames per row, pixels per latent, latents per token in height and in width
 LATENT_SCALE = 0.476986
 SIGMA_MIN = 1e-5  # of the noise that is left without any timestep
+ENCODERS = {"text_encoder": T5, "pooled_text_encoder": "CLIPTextModel"}  # options, and their classes of transformers
 POOLED_TOKENS = 77  # that CLIP is shown
 
 
@@ -75,7 +77,7 @@ class OpenSora(FromLatents):
             raise ValueError(f"size must be multiples of {self.cell} pixels, got {self.options['size']}")
         if self.options["prompt_tokens"] < 1:
             raise ValueError(f"prompt_tokens must be at least 1, got {self.options['prompt_tokens']}")
-        for name in ("text_encoder", "pooled_text_encoder"):
+        for name in ENCODERS:
             if not self.options[name]:
                 raise ValueError(f"{name} must be a folder of the checkpoint, a local folder or a Hub id, got ''")
 
@@ -99,7 +101,7 @@ class OpenSora(FromLatents):
     def load(self, depth: int, device: torch.device, dtype: torch.dtype, cache: Path) -> None:
         self.device, self.dtype = device, dtype
         prompt = self._embed_prompt(cache)
-        self.text, self.pooled = prompt["text"].to(device, dtype), prompt["pooled"].to(device, dtype)
+        self.text, self.pooled = (prompt[name].to(device, dtype) for name in self.text_shapes())
         self.transformer, self.vae = self.skeleton(depth)
         load_weights(self.transformer, self.checkpoint, TRANSFORMER, device=device, dtype=dtype)
         load_weights(self.vae, self.checkpoint, VAE, device=device, dtype=dtype)  # both name their parts alike
@@ -109,17 +111,36 @@ class OpenSora(FromLatents):
 
     # -- the prompt, once --------------------------------------------------------------------------------------------
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what the transformer is given of the prompt."""
+        return {"text": (1, self.options["prompt_tokens"], self.sizes.text), "pooled": (1, self.sizes.pooled)}
+
     def _embed_prompt(self, cache: Path) -> dict[str, Tensor]:
-        owners = {name: self._find_encoder(name) for name in ("text_encoder", "pooled_text_encoder")}
-        identities = [self._identity(*owner) for owner in owners.values()]
-        what = (self.options["prompt"], self.options["prompt_tokens"], self.dtype, *identities)
-        prompt = cached(prompt_file(cache, self.checkpoint, *what), lambda: self._run_text_encoders(owners))
-        for name, wanted in (("text", self.sizes.text), ("pooled", self.sizes.pooled)):
-            if prompt[name].shape[-1] != wanted:
-                option = "text_encoder" if name == "text" else "pooled_text_encoder"
+        """What `text_shapes` says; on the meta device nothing is run or read."""
+        if self.device.type == "meta":
+            return {name: torch.empty(shape, device="meta") for name, shape in self.text_shapes().items()}
+        owners = self._find_encoders()
+        prompt = cached(self._prompt_file(cache, self.dtype, owners), lambda: self._run_text_encoders(owners))
+        for option, (name, shape) in zip(ENCODERS, self.text_shapes().items(), strict=True):
+            if prompt[name].shape[-1] != shape[-1]:
                 got = f"{prompt[name].shape[-1]} of {self.options[option]}"
-                raise ValueError(f"{option} must give {wanted} channels, as the transformer takes, got {got}")
+                raise ValueError(f"{option} must give {shape[-1]} channels, as the transformer takes, got {got}")
         return prompt
+
+    def text_encoder_bytes(self, cache: Path, dtype: torch.dtype) -> int:
+        owners = self._find_encoders()
+        if self._prompt_file(cache, dtype, owners).exists():
+            return 0
+        return max(encoder_bytes(owner, {folder: ENCODERS[name]}, dtype) for name, (owner, folder) in owners.items())
+
+    def _find_encoders(self) -> dict[str, tuple[Checkpoint, str]]:
+        return {name: self._find_encoder(name) for name in ENCODERS}
+
+    def _prompt_file(self, cache: Path, dtype: torch.dtype, owners: dict[str, tuple[Checkpoint, str]]) -> Path:
+        identities = [self._identity(*owner) for owner in owners.values()]
+        return prompt_file(
+            cache, self.checkpoint, self.options["prompt"], self.options["prompt_tokens"], dtype, *identities
+        )
 
     def _find_encoder(self, option: str) -> tuple[Checkpoint, str]:
         """The checkpoint that holds an encoder, and the folder in it."""
@@ -141,20 +162,19 @@ class OpenSora(FromLatents):
 
     @torch.inference_mode()
     def _run_text_encoders(self, owners: dict[str, tuple[Checkpoint, str]]) -> dict[str, Tensor]:
-        from transformers import CLIPTextModel, T5EncoderModel
-
-        text = self._encode_text(T5EncoderModel, *owners["text_encoder"], self.options["prompt_tokens"])
-        pooled = self._encode_text(CLIPTextModel, *owners["pooled_text_encoder"], POOLED_TOKENS)
+        tokens = (self.options["prompt_tokens"], POOLED_TOKENS)
+        # One after the other: the first is gone when the second is loaded.
+        text, pooled = (self._encode_text(name, *owners[name], n) for name, n in zip(ENCODERS, tokens, strict=True))
         named = {"text": text.last_hidden_state, "pooled": pooled.pooler_output}
         return {name: x.cpu().contiguous() for name, x in named.items()}
 
-    def _encode_text(self, cls: Any, owner: Checkpoint, folder: str, tokens: int) -> Any:
-        from transformers import AutoTokenizer
+    def _encode_text(self, name: str, owner: Checkpoint, folder: str, tokens: int) -> Any:
+        import transformers
 
-        path = owner.folder(folder)
+        cls, path = getattr(transformers, ENCODERS[name]), owner.folder(folder)
         with one_line(path):
             encoder = cls.from_pretrained(path, dtype=self.dtype, use_safetensors=True).to(self.device)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         ids = tokenizer(
             self.options["prompt"], padding="max_length", max_length=tokens, truncation=True, return_tensors="pt"
         )["input_ids"]

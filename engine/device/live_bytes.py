@@ -1,12 +1,17 @@
 """Counts the bytes of live tensors while code runs, also of those on the meta device, which have shapes and no memory.
 
-With weights on the meta device a model's pass costs milliseconds and no memory, and its peak is that of the real pass
-but for what kernels allocate inside. Small tensors of data (token ids, grids) stay real, because models read them.
+With weights on the meta device a model's pass costs no memory, and no time but Python's, and its peak is that of the
+real pass but for what kernels allocate inside. Small tensors of data (token ids, grids) stay real, because models read
+them.
+
+Under inference mode torch hands over whole composite operations, like `group_norm`, which may copy its input first:
+those are taken apart here, so that what they make on the way is counted too.
 """
 
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 META = torch.device("meta")
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+ONE_KERNEL = (torch.ops.aten._fused_rms_norm.default,)  # on a GPU, though torch has a composite of it for elsewhere
+GROUPED_MM = torch.ops.aten._grouped_mm.default
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 class LiveBytes(TorchDispatchMode):
@@ -59,9 +68,52 @@ class LiveBytes(TorchDispatchMode):
             args, kwargs = tree_map(lambda x: args[0].device if isinstance(x, torch.device) else x, (args, kwargs))
         elif any(x.is_meta for x in leaves) and not all(x.is_meta for x in leaves):
             args, kwargs = _all_on_meta(func, args, kwargs)
-        out = func(*args, **kwargs)
+        on_meta = any(x.is_meta for x in leaves)
+        if func is ATTENTION and on_meta and not only_math():
+            with self:
+                return _attention(*args, **kwargs)
+        if func not in ONE_KERNEL and _is_composite(func):
+            with self:
+                return func._op_dk(COMPOSITE, *args, **kwargs)
+        if func is GROUPED_MM and on_meta:
+            out = args[0].new_empty(len(args[0]), args[1].shape[-1])  # torch's own takes bfloat16 alone, kernels do not
+        else:
+            out = func(*args, **kwargs)
         self.see(out)
         return out
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE)
+
+
+def only_math() -> bool:
+    """Whether every fused kernel of attention is switched off, so that its scores are tensors."""
+    cuda = torch.backends.cuda
+    return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+
+
+def _attention(
+    query: Tensor,  # [..., N, D]
+    key: Tensor,
+    value: Tensor,  # [..., M, E]
+    mask: Tensor | None = None,
+    *args: Any,
+    attn_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:  # [..., N, E]
+    """As a fused kernel has it: no scores, but a logarithm for each query, and a mask of True and False as numbers.
+
+    The meta device has no such kernel, and would write all scores out.
+    """
+    mask = mask if attn_mask is None else attn_mask
+    held = [query.new_empty(query.shape[:-1], dtype=torch.float32)]
+    if mask is not None and mask.dtype == torch.bool:
+        held.append(mask.new_empty(mask.shape, dtype=query.dtype))
+    if query.shape[-1] == value.shape[-1]:
+        return torch.empty_like(query)  # its layout too: what follows may or may not have to copy
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 def _is_data(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What a job needs of a device's memory, before any weight is read: one batch is run on the meta device and counted.
 
-The figure is of live tensors in eager mode. What kernels allocate inside (cuDNN's workspaces) and what the allocator
-loses to fragments is not in it; cuBLAS's workspace is, as documented.
+The figure is of live tensors in eager mode, those within composite operations too. What kernels allocate inside
+(cuDNN's workspaces) and what the allocator loses to fragments is not in it; cuBLAS's workspace is, as documented.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
+from spatialprobe.engine.device.attention import with_attention
 from spatialprobe.engine.device.blocks import each_block
 from spatialprobe.engine.device.live_bytes import META, LiveBytes
 from spatialprobe.engine.device.precision import quantise_linears
@@ -48,10 +49,8 @@ class MemoryPlan:
 
 
 def plan_memory(adapter: Adapter, spec: FeatureSpec, depth: int, batch: int, frames: int, cache: Path) -> MemoryPlan:
-    """For windows of `frames` frames. `adapter` stays as it is. Raises ValueError for a family without PLANS_MEMORY."""
+    """For windows of `frames` frames. `adapter` stays as it is."""
     dtype, device = COMPUTE_DTYPES[spec.compute_dtype], torch.device(spec.device)
-    if not adapter.PLANS_MEMORY:
-        raise ValueError(f"the memory of a {type(adapter).__name__} cannot be planned")
     model = type(adapter)(adapter.checkpoint, dict(adapter.options))
     model.steps = spec.steps
     plan, rows = plan_clip(frames, model, spec)
@@ -59,6 +58,9 @@ def plan_memory(adapter: Adapter, spec: FeatureSpec, depth: int, batch: int, fra
         model.load(depth, META, dtype, cache)
         if spec.precision == "fp8":
             quantise_linears(each_block(model.blocks))
+        if spec.attention == "math":  # the one kernel whose scores are tensors
+            for block in each_block(model.blocks):
+                block.forward = with_attention(block.forward, "math")
         peaks: dict[str, int] = {}
         with LiveBytes() as count:
             count.see([list(m.parameters()) + list(m.buffers()) for m in modules_of(model)])

@@ -25,13 +25,14 @@ def chosen(spec: FeatureSpec, tiled: bool) -> FeatureSpec:
 def choose(adapter: Adapter, spec: FeatureSpec, depth: int, device: torch.device, out: Path) -> bool:
     """Whether to tile: as the store at `out` does, or without one if a clip alone would not fit untiled.
 
-    Raises ValueError for a job whose memory cannot be planned.
+    Raises ValueError for windows of any length, whose memory cannot be planned.
     """
     if (out / "spec.json").exists():
         return bool(FeatureStore.open(out).spec.options.get(OPTION))
-    if not adapter.PLANS_MEMORY or spec.frames.window is None:
-        what = f"a {type(adapter).__name__}" if not adapter.PLANS_MEMORY else "a window of any length"
-        raise ValueError(f"{OPTION}=auto needs a plan of memory, which {what} has not: say true or false")
+    if spec.frames.window is None:
+        raise ValueError(
+            f"{OPTION}=auto needs a plan of memory, which a window of any length has not: say true or false"
+        )
     plan = plan_memory(adapter, chosen(spec, False), depth, 1, spec.frames.window, out / "cache")
     return plan.running > free_bytes(device)
 

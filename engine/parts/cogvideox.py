@@ -34,7 +34,7 @@ class CogVideoXParts(Adapter):
         **CHANNELS_LAST,
     }
     LIBRARIES = ("diffusers", "transformers")
-    PLANS_MEMORY = PREPARES_ON_DEVICE = True
+    PREPARES_ON_DEVICE = True
 
     def __init__(self, checkpoint: Checkpoint, options: dict, base: Checkpoint):
         """`base` holds the VAE, the text encoder and the scheduler's config."""

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spatialprobe.engine.types import Plan
@@ -46,6 +47,14 @@ def image_tokens(tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:  # [B
 def put_images(words: Tensor, images: Tensor, positions: Tensor) -> Tensor:  # [B, N, C], any shape, [B, T * H * W]
     """The prompt's embeddings with those of the images in their places: no mask to count, so nothing waits."""
     return words.index_copy(1, positions[0], images.reshape(len(words), positions.shape[1], -1).to(words.dtype))
+
+
+def token_places(ids: Tensor) -> Tensor:  # [B, N] -> int64 [1, N]
+    """0, 1, 2 .. where the ids are, for decoders that are given embeddings and would count on their own.
+
+    They look at what they count, which a plan of memory can do where ids are, and not where embeddings are.
+    """
+    return torch.arange(ids.shape[1], device=ids.device)[None]
 
 
 def stored_prefix(names: Collection[str], candidates: Iterable[str], tensor: str) -> str:

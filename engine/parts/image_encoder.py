@@ -34,7 +34,6 @@ class ImageEncoder(Adapter):
     PARITY = OPTIONS
     LIBRARIES = ("transformers",)
     AUTO_BATCH = 4
-    PLANS_MEMORY = True
 
     CONFIGS: ClassVar[dict[str, str]]  # `model_type` -> name of transformers' config class
     PROCESSOR_FILES: ClassVar[tuple[str, ...]] = ("preprocessor_config.json",)  # the first that is there counts
@@ -180,7 +179,6 @@ class VideoEncoder(ImageEncoder):
     """Encoders whose tokens each see `stride` frames. Positions and their changes are of time, rows and columns."""
 
     AUTO_BATCH = 1
-    PLANS_MEMORY = False  # counted 16% low of V-JEPA 2, and more of its shorter windows
 
     def __init__(self, checkpoint: Checkpoint, options: dict[str, Any]):
         super().__init__(checkpoint, options)

@@ -51,7 +51,6 @@ class QwenKin(Adapter):
     PARITY = OPTIONS
     LIBRARIES = ("transformers",)
     AUTO_BATCH = 4
-    PLANS_MEMORY = True
 
     MODEL_TYPE: ClassVar[str]  # in config.json
     MODEL: ClassVar[str]  # transformers' class below the language head; its config is found through it

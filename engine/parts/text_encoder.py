@@ -30,7 +30,7 @@ def load_text_encoder(
 
 def encoder_bytes(
     checkpoint: Checkpoint,
-    kinds: Mapping[str, str],  # class of transformers by folder
+    kinds: Mapping[str, str],  # class of transformers by folder, "" for the checkpoint's own
     dtype: torch.dtype,
 ) -> int:
     """Of the weights of text encoders that are loaded together. Reads their configs alone."""
@@ -39,7 +39,9 @@ def encoder_bytes(
     total = 0
     for folder, kind in kinds.items():
         cls = getattr(transformers, kind)
-        config = cls.config_class.from_dict(checkpoint.json(f"{folder}/config.json"))
+        stored = checkpoint.json(f"{folder}/config.json".lstrip("/"))
+        # A whole CLIP's folder holds the text part's config within its own.
+        config = cls.config_class.from_dict(stored.get("text_config", stored))
         encoder = empty_module(lambda cls=cls, config=config: cls(config))
         encoder.tie_weights()  # without memory a shared embedding is there twice
         total += sum(p.numel() for p in encoder.parameters()) * dtype.itemsize

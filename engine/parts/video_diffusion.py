@@ -33,7 +33,7 @@ class VideoDiffusion(FromLatents):
     TEXT_ENCODERS: ClassVar[dict[str, str]] = {"text_encoder": T5}  # folders, and their classes of transformers
     POSITIVE: ClassVar[tuple[str, ...]] = ()  # options that are finite numbers above 0
     LIBRARIES = ("diffusers", "transformers")
-    PLANS_MEMORY = PREPARES_ON_DEVICE = True
+    PREPARES_ON_DEVICE = True
 
     # set by the family's `__init__`, from its configs
     group: int  # frames per row
