@@ -66,6 +66,10 @@ def of_ray() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline())]
 
 
+def actors() -> list[psutil.Process]:
+    return [p for p in of_ray() if p.cmdline()[:1] == ["ray::RayWorker.work"]]
+
+
 @pytest.fixture
 def ray():
     return pytest.importorskip("ray", reason="needs the extra ray: pip install 'spatialprobe[ray]'")
@@ -78,9 +82,8 @@ def test_an_actor_killed_in_mid_run_costs_nothing(words, alone, ray, tmp_path, c
 
     def kill_one() -> None:
         wait_for(lambda: len(logged(store)) >= 3)
-        actors = [p for p in psutil.Process().children(recursive=True) if p.cmdline()[:1] == ["ray::RayWorker.work"]]
-        killed.extend(actors[:1])
-        actors[0].kill()
+        wait_for(lambda: killed.extend(actors()[:1]) or killed)  # Ray changes their titles between calls
+        killed[0].kill()
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
