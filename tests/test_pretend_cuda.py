@@ -1,5 +1,7 @@
 """The code that runs on CUDA, on a pretended device: nothing meets what lies elsewhere, and values are the CPU's."""
 
+from importlib.metadata import version
+
 import families
 import pretend_cuda
 import pytest
@@ -19,6 +21,8 @@ from spatialprobe.engine.timing import Clock
 from spatialprobe.probes.loop import evaluate, train
 from spatialprobe.probes.tasks.instance import INSTANCE
 from spatialprobe.probes.tasks.tagging import TAGGING
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 
 
 def test_the_pretence_refuses_what_a_gpu_refuses():
@@ -92,6 +96,8 @@ def test_every_familys_features_are_the_cpus(name, tmp_path):
     ids=lambda words: next(iter(words)),
 )
 def test_a_job_fills_its_store(words, clips_path, wan_path, tmp_path):
+    if "precision" in words and version("torch").startswith("2.11"):
+        pytest.skip("torch 2.11's product of fp8 takes no row scales on a CPU")
     job = {"clips": str(clips_path), "model": str(wan_path), "layers": [1], "window": 9, "limit": 3, "pool": "1x2"}
     job |= {"options": {"size": "32x48"}, "compute_dtype": "float32"} | words
     job |= {"latents": str(tmp_path / "latents")} if "latents" in words else {}
@@ -112,6 +118,7 @@ def test_a_job_fills_its_store(words, clips_path, wan_path, tmp_path):
             assert float((cuda - cpu).norm() / cpu.norm()) < 0.01  # in a batch products are summed otherwise
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="gradients of a torch with CUDA ask its driver")
 @pytest.mark.parametrize("task", [TAGGING, INSTANCE], ids=lambda task: task.name)
 def test_probes_train_and_are_measured(task, tmp_path):
     labels = write_labels(tmp_path / "labels", clips=8)
