@@ -342,6 +342,7 @@ def measure(
 def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
+        torch.compiler.reset()  # recorded CUDA graphs keep their memory until then
         torch.cuda.empty_cache()
 
 
