@@ -11,6 +11,8 @@ from probe_data import SAMPLING, write_labels, write_store
 from tiny_models import MODELS
 
 from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.device import placement
+from spatialprobe.engine.device.placement import place
 from spatialprobe.engine.extract import batch_noise
 from spatialprobe.engine.feeding import Fed, Feeder
 from spatialprobe.engine.job import Job
@@ -50,7 +52,7 @@ def test_the_pretence_refuses_what_a_gpu_refuses():
 
 
 @torch.inference_mode()
-def features(tiny, root, device) -> dict[int, torch.Tensor]:
+def features(tiny, root, device, offload="none") -> dict[int, torch.Tensor]:
     """Two clips as one batch, fed as `extract` feeds them; frames are resized on the device if they are small."""
     path, options = root / "model", dict(tiny.options)
     if tiny.base is not None:
@@ -58,7 +60,11 @@ def features(tiny, root, device) -> dict[int, torch.Tensor]:
     family = tiny.family or detect_family(Checkpoint.open(str(path)))
     adapter = families.make_adapter(adapter_class(family), path, **options)
     adapter.steps = () if tiny.step is None else (tiny.step,)
-    adapter.load(adapter.num_layers, device, torch.float32, root / "cache")
+    if offload == "none":
+        adapter.load(adapter.num_layers, device, torch.float32, root / "cache")
+    else:
+        adapter.load(adapter.num_layers, torch.device("cpu"), torch.float32, root / "cache")
+        place(adapter, device, offload)
     plan = adapter.plan(tiny.frames, tiny.query or tuple(range(tiny.frames)))
     feeder, feds = Feeder(adapter, Clock(device)), [Fed(), Fed()]
     for seed, fed in enumerate(feds):
@@ -66,7 +72,7 @@ def features(tiny, root, device) -> dict[int, torch.Tensor]:
     state, out = feeder.state(feds, plan, lambda x: x), {}
     noise = batch_noise(["a", "b"], adapter.noise_shape(plan), 0, tiny.step, device)
     taps = Taps(adapter.blocks, tuple(range(adapter.num_layers)))
-    with taps.into(lambda layer, x: out.__setitem__(layer, adapter.grid(x, state, plan)), plan.passes):
+    with taps.into(lambda layer, x: out.__setitem__(layer, adapter.grid(x.to(device), state, plan)), plan.passes):
         adapter.forward(state, tiny.step, noise)
     assert {x.device.type for x in out.values()} == {device.type}
     return {layer: x.cpu() for layer, x in out.items()}
@@ -82,6 +88,22 @@ def test_every_familys_features_are_the_cpus(name, tmp_path):
     with pretended_cuda():
         got = features(tiny, tmp_path, CUDA)
     assert not pretend_cuda.unpinned
+    for layer, x in expected.items():
+        assert torch.equal(got[layer], x), f"layer {layer}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_may_lie_on_two_devices(name, tmp_path, monkeypatch):
+    """The CPU plays the second GPU: what comes after the blocks finds their output on the first."""
+    tiny = MODELS[name]
+    tiny.build(tmp_path / "model")
+    if tiny.base is not None:
+        tiny.base.build(tmp_path / "base")
+    expected = features(tiny, tmp_path, torch.device("cpu"))
+    monkeypatch.setattr(placement, "every_gpu", lambda: [CUDA, torch.device("cpu")])
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 1)
+    with pretended_cuda():
+        got = features(tiny, tmp_path, CUDA, "spread")
     for layer, x in expected.items():
         assert torch.equal(got[layer], x), f"layer {layer}"
 

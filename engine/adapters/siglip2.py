@@ -64,8 +64,8 @@ class SigLIP2(ImageEncoder):
         self.grid_shape = torch.tensor([[s // self.patch for s in self.size]])  # on the CPU: the model reads it
         positions = embeddings.position_embedding.weight.view(side, side, -1)
         table = embeddings.resize_positional_embeddings(positions, self.grid_shape, int(self.grid_shape.prod()))
-        table = table if self.options["pos_embed"] == "native" else self.changed(table)
-        embeddings.resize_positional_embeddings = lambda positions, shapes, max_length: table  # [1, H * W, C]
+        embeddings.table = table if self.options["pos_embed"] == "native" else self.changed(table)  # [1, H * W, C]
+        embeddings.resize_positional_embeddings = lambda positions, shapes, max_length: embeddings.table
 
     def run(self, pixels: Tensor) -> None:  # [N, 3, H, W]
         patches = pixels.unflatten(2, (-1, self.patch)).unflatten(4, (-1, self.patch))  # [N, 3, h, p, w, p]

@@ -20,7 +20,7 @@ def check_fits(adapter: Adapter, depth: int, dtype: torch.dtype, device: torch.d
     before = 2 * weights(1) - weights(2)
     # The first block stands for one that is held at a time: where blocks are of two kinds, it is of the larger.
     needed = weights(1 if offload == "host" and device.type == "cuda" else depth)
-    places = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if offload == "spread" else [device]
+    places = every_gpu() if offload == "spread" else [device]
     free = sum(free_bytes(place) for place in places)
     if needed > free:
         fit = bisect_right(range(1, depth), free, key=weights)
@@ -35,6 +35,10 @@ def check_fits(adapter: Adapter, depth: int, dtype: torch.dtype, device: torch.d
         raise ValueError(f"{depth} blocks need {in_host / 1e9:.1f} GB of host memory: {fit} blocks would fit")
 
 
+def every_gpu() -> list[torch.device]:
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -45,10 +49,11 @@ def place(adapter: Adapter, device: torch.device, offload: str) -> None:
     """Moves a model that was loaded on the CPU: all but the blocks to `device`, and the blocks as `offload` says.
 
     "host": a block's weights come to the device while it runs. "spread": consecutive blocks lie on each CUDA device
-    in turn, as many as its share of the free memory; the last one's output comes back to where its input was made.
+    in turn, as many as its share of the free memory; the last one's output comes back to `device`.
     """
     from accelerate import cpu_offload
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.utils import send_to_device
 
     blocks = list(adapter.blocks)
     for name, value in list(vars(adapter).items()):
@@ -58,11 +63,12 @@ def place(adapter: Adapter, device: torch.device, offload: str) -> None:
         for block in blocks:
             cpu_offload(block, execution_device=device, offload_buffers=True)
         return
-    places = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    places = every_gpu()
     shares = spread(len(blocks), [free_bytes(p) for p in places])
     for block, number in zip(blocks, shares, strict=True):
         block.to(places[number])
-        add_hook_to_module(block, AlignDevicesHook(places[number], io_same_device=block is blocks[-1]))
+        add_hook_to_module(block, AlignDevicesHook(places[number]))
+    blocks[-1].register_forward_hook(lambda block, given, out: send_to_device(out, device))
 
 
 def moved(value: Any, kept: Sequence[nn.Module], device: torch.device) -> Any:
@@ -79,7 +85,7 @@ def moved(value: Any, kept: Sequence[nn.Module], device: torch.device) -> Any:
 
 
 def move_all_but(module: nn.Module, kept: Sequence[nn.Module], device: torch.device) -> None:
-    """`module.to(device)`, but for these modules inside it."""
+    """`module.to(device)`, but for these modules inside it, and with tensors that it holds without saying so."""
     if any(module is block for block in kept):
         return
     for child in module.children():
@@ -88,6 +94,9 @@ def move_all_but(module: nn.Module, kept: Sequence[nn.Module], device: torch.dev
         setattr(module, name, nn.Parameter(parameter.to(device), requires_grad=False))
     for name, buffer in module.named_buffers(recurse=False):
         module._buffers[name] = buffer.to(device)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Tensor):
+            setattr(module, name, value.to(device))
 
 
 def spread(blocks: int, free: Sequence[int]) -> list[int]:
