@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spatialprobe.engine.device.out_of_memory import is_out_of_memory
 from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.types import first_line
 
@@ -95,7 +96,9 @@ class BatchSize:
             piece, full = clips[: self.now], ""
             try:
                 result = run(piece)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 full = first_line(error)
             if full:  # outside the handler: the traceback would keep the failed batch in memory
                 self._halve(full)

@@ -24,6 +24,7 @@ class Ramp(Adapter):
     OPTIONS, PARITY, LIBRARIES = {}, {}, ()
     AUTO_BATCH = 4
     num_layers, num_steps, channels = 2, 0, 8
+    full: RuntimeError = torch.OutOfMemoryError("out of memory: tried to allocate more than there is")
 
     def __init__(self, most_in_memory: int = 1000):
         self.device, self.most_in_memory, self.batches = torch.device("cpu"), most_in_memory, []
@@ -45,7 +46,7 @@ class Ramp(Adapter):
     def encode(self, inputs, plan):
         self.batches.append(len(inputs["brightness"]))
         if len(inputs["brightness"]) > self.most_in_memory:
-            raise torch.OutOfMemoryError("out of memory: tried to allocate more than there is")
+            raise self.full
         return inputs["brightness"]
 
     def forward(self, state, step, noise):
@@ -130,13 +131,29 @@ def test_overflow_and_non_finite_features_fail_their_clip_and_name_the_layer(cli
     assert extract(refs("a7"), Wild(), wide).written == 1
 
 
-def test_auto_batch_halves_when_memory_runs_out_and_loses_no_clip(clips, tmp_path):
+CUDA_LIBRARIES = [
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+]
+
+
+@pytest.mark.parametrize("full", [Ramp.full, *CUDA_LIBRARIES], ids=["allocator", "cublas", "cudnn"])
+def test_auto_batch_halves_when_memory_runs_out_and_loses_no_clip(full, clips, tmp_path):
     ids = [f"a{n}" for n in range(9)]
     adapter, store = Ramp(most_in_memory=1), FeatureStore.create(tmp_path / "s", spec())
+    adapter.full = full
     report = extract(refs(*ids), adapter, store, batch_size="auto")
     assert (report.written, report.batch_size) == (9, 1)
     assert adapter.batches[:3] == [4, 2, 1]
     assert [store.read(i, 0).data.unique().item() for i in ids] == list(range(9))
+
+
+def test_an_error_of_another_kind_halves_nothing(clips, tmp_path):
+    adapter, store = Ramp(most_in_memory=3), FeatureStore.create(tmp_path / "s", spec())
+    adapter.full = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        extract(refs(*(f"a{n}" for n in range(9))), adapter, store, batch_size="auto")
+    assert adapter.batches == [4]
 
 
 @pytest.mark.parametrize(

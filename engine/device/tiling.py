@@ -10,6 +10,7 @@ import torch
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
 from spatialprobe.engine.device.memory_plan import plan_memory, shapes_of
+from spatialprobe.engine.device.out_of_memory import is_out_of_memory
 from spatialprobe.engine.device.placement import free_bytes
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec
@@ -53,7 +54,9 @@ def fit(adapter: Adapter, spec: FeatureSpec) -> FeatureSpec:
     full = False
     try:
         adapter.encode(inputs, plan)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         full = True
     if full:  # outside the handler: the traceback would keep the failed pass in memory
         adapter.options[OPTION] = True
