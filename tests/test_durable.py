@@ -4,6 +4,7 @@ Run as a script, this file is the process that is killed, or that runs out of ro
 """
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -18,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatialprobe.engine.durable import RunFolder, StoreFull
+from spatialprobe.engine import durable
+from spatialprobe.engine.durable import RunFolder, StoreFull, append_line, publish_first, room_for, write_text
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection
 
@@ -131,6 +133,96 @@ def test_a_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     assert f"{clips}/new/folder" in events[at:]
 
 
+def test_texts_and_lines_reach_the_disk_before_anybody_goes_on(tmp_path, monkeypatch):
+    events = []
+    fsync, link = os.fsync, Path.hardlink_to
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(str(Path(f"/proc/self/fd/{fd}").readlink())) or fsync(fd))
+    monkeypatch.setattr(Path, "hardlink_to", lambda a, b: events.append((str(a), str(b))) or link(a, b))
+    temp, final = tmp_path / "temp", tmp_path / "final"
+    write_text(temp, "first")
+    publish_first(temp, final)
+    append_line(tmp_path / "lines", "one")
+    place, told = str(tmp_path), str(temp)
+    assert events == [told, (str(final), told), place, str(tmp_path / "lines")]
+    with pytest.raises(FileExistsError):
+        write_text(final, "second")
+    assert final.read_text() == "first"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_first_files_the_first_stays_also_where_there_are_no_links(tmp_path, monkeypatch, links):
+    def no_links(self, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    for text in ("first", "second"):
+        write_text(tmp_path / text, text)
+        publish_first(tmp_path / text, tmp_path / "final")
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+        assert (tmp_path / "final").read_text() == "first"
+
+
+def test_a_link_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def broken(self, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "hardlink_to", broken)
+    write_text(tmp_path / "temp", "text")
+    with pytest.raises(OSError, match="Input/output error"):
+        publish_first(tmp_path / "temp", tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["temp"]
+
+
+def test_threads_share_the_syncs_of_a_folder_that_begin_after_they_came(tmp_path, monkeypatch):
+    """Of three threads the second and third come while the first one's sync runs: one more is enough, and is needed."""
+    events, let = [], threading.Event()
+
+    def sync(path: Path) -> None:
+        events.append("begin")
+        if events.count("begin") == 1:
+            assert let.wait(60)
+        events.append("end")
+
+    def come(name: str) -> None:
+        durable.sync_folder(tmp_path)
+        events.append(name)
+
+    def wait_for(what) -> None:
+        end = time.monotonic() + 60
+        while not what() and time.monotonic() < end:
+            time.sleep(0.001)
+        assert what()
+
+    monkeypatch.setattr(durable, "_sync_folder", sync)
+    threads = [threading.Thread(target=come, args=(name,)) for name in ("first", "other", "other")]
+    threads[0].start()
+    wait_for(lambda: events == ["begin"])
+    for thread in threads[1:]:
+        thread.start()
+    wait_for(lambda: durable._folder_syncs[str(tmp_path)].wanted == 3)
+    let.set()
+    for thread in threads:
+        thread.join(60)
+    events.remove("first")  # whenever it is woken
+    assert events == ["begin", "end", "begin", "end", "other", "other"]
+    durable.sync_folder(tmp_path)
+    assert events.count("end") == 3
+
+
+def test_a_forked_child_waits_for_no_sync_of_its_parents(tmp_path):
+    with durable._folder_syncs_lock:  # as another thread's, at the moment of the fork
+        pid = forked(durable.sync_folder, tmp_path)
+    end, done = time.monotonic() + 20, (0, 0)
+    while not done[0] and time.monotonic() < end:
+        time.sleep(0.01)
+        done = os.waitpid(pid, os.WNOHANG)
+    if not done[0]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert done == (pid, 0)
+
+
 # -- temporary files ------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +263,7 @@ def test_a_forked_child_shares_the_folder_and_does_not_take_it_along(tmp_path):
         run.close()
 
     os.waitpid(forked(child), 0)
-    assert (tmp_path / "name").read_text() not in names
+    assert (tmp_path / "name").read_text() not in names | {run.file().name}
     assert run.path.is_dir()
     run.close()
     assert not (tmp_path / "tmp").exists()
@@ -187,6 +279,80 @@ def test_folders_that_are_not_runs_stay(tmp_path):
         "tmp/run-mine",
         "tmp/run-mine/data",
     ]
+
+
+def test_what_a_kill_left_before_its_lock_is_cleared_away_but_not_where_locks_do_not_work(tmp_path, monkeypatch):
+    """A run's folder is empty between its making and its lock's, which is guarded by a lock: if there are any."""
+
+    def failing(number: int):
+        def flock(fd, operation):
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    (tmp_path / "tmp" / "run-begun").mkdir(parents=True)
+    (tmp_path / "tmp" / "run-file").write_text("no folder at all")
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+        RunFolder(tmp_path / "tmp").close()
+        assert (tmp_path / "tmp" / "run-begun").exists()
+        patch.setattr(fcntl, "flock", failing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error"):
+            RunFolder(tmp_path / "tmp")
+    RunFolder(tmp_path / "tmp").close()
+    assert [path.name for path in (tmp_path / "tmp").iterdir() if path.name != "lock"] == ["run-file"]
+
+
+def test_a_run_that_ended_since_the_listing_is_not_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [self / "run-gone"])
+    assert durable.dead_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize("remade", [False, True])
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch, remade):
+    path, flock, asked = tmp_path / "tmp" / "lock", fcntl.flock, []
+
+    def late(fd, operation):
+        if not asked:  # the last one out removes the file between its opening and its lock
+            path.unlink()
+            if remade:
+                path.touch()
+        asked.append(operation)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with durable._locked(path) as works, path.open() as other:
+        assert works
+        assert len(asked) == 2
+        with pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_run_whose_file_is_gone_clears_away_the_rest(tmp_path, monkeypatch):
+    """Its lock goes last, for without it a folder with files in it is nobody's."""
+    other, gone, unlink = RunFolder(tmp_path / "tmp"), [], Path.unlink
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    run = RunFolder(tmp_path / "tmp")
+    files = [run.file() for _ in range(3)]
+    for file in files:
+        file.write_bytes(b"half")
+
+    def watched(self, missing_ok=False):
+        gone.append(self.name)
+        if self == files[1]:
+            unlink(self)  # by another process, between the listing and now
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    path = run.path
+    run.close()
+    assert not path.exists()
+    assert sorted(gone[:3]) == sorted(file.name for file in files)
+    assert gone[3:] == ["lock"]
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert (tmp_path / "tmp" / "lock").exists()  # the other's
+    other.close()
+    assert not (tmp_path / "tmp").exists()
 
 
 # -- rivals ---------------------------------------------------------------------------------------------------------
@@ -285,6 +451,25 @@ def test_a_full_disk_stops_with_a_clear_line_and_loses_nothing(small_disk):
     store.write(f"a/{full_at}", *clip(full_at))
     assert len(store) == full_at + 1
     assert [p for p in store.verify() if "is torn" not in p] == []
+
+
+def test_only_errors_of_no_room_are_full_disks_and_the_innermost_names_its_file(tmp_path):
+    with pytest.raises(FileNotFoundError), room_for(tmp_path / "a", 1):
+        (tmp_path / "b").read_bytes()
+    with pytest.raises(StoreFull) as caught, room_for(tmp_path / "a", 1), room_for(tmp_path / "b", 2_000_000):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert "Disk quota exceeded: 2.000 MB needed" in str(caught.value)
+    assert caught.value.filename == str(tmp_path / "b")
+
+
+def test_a_line_that_did_not_fit_whole_is_no_room_and_stays_alone(tmp_path, monkeypatch):
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:4]))
+        with pytest.raises(StoreFull, match=r"No space left on device: 0\.000 MB needed"):
+            append_line(tmp_path / "lines", "a line")
+    append_line(tmp_path / "lines", "another")
+    assert (tmp_path / "lines").read_text() == "a li\nanother\n"
 
 
 def write_much_then_too_much(root: str) -> dict:

@@ -310,6 +310,16 @@ def test_intrinsics_of_other_images_are_refused_by_the_one_that_is_farthest_off(
         check_centre(intrinsic, (64, 96))
 
 
+@pytest.mark.parametrize(("u", "v"), [(72.0, 16.0), (72.1, 31.5), (47.5, 48.1), (23.9, 31.5), (47.5, 15.9)])
+def test_a_principal_point_is_in_the_middle_half_of_either_side(u, v):
+    intrinsic = torch.tensor([[[100.0, 0, u], [0, 100, v], [0, 0, 1]]])
+    if (u, v) == (72.0, 16.0):  # its corner
+        check_centre(intrinsic, (64, 96))
+    else:
+        with pytest.raises(ValueError, match=r"principal point at .* of images of 64x96 pixels"):
+            check_centre(intrinsic, (64, 96))
+
+
 def test_unproject_of_an_identity_camera():
     depth = torch.full((1, 2, 3), 2.0)
     points = unproject(depth, torch.eye(3, 4)[None], torch.eye(3)[None])
