@@ -157,7 +157,12 @@ def test_an_error_of_another_kind_halves_nothing(clips, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "most", "message"), [(4, 2, "batch size 4: use a smaller"), (1, 0, "one clip alone")]
+    ("batch", "most", "message"),
+    [
+        (4, 2, "batch size 4: use a smaller"),
+        (1, 0, "batch size 1: one clip alone"),
+        ("auto", 0, "batch size 1: one clip alone"),
+    ],
 )
 def test_memory_that_cannot_do_ends_the_run_with_the_numbers(clips, tmp_path, batch, most, message):
     store = FeatureStore.create(tmp_path / "s", spec())

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.queues import Behind, Nearby, ahead
+from spatialprobe.engine.queues import BatchSize, Behind, Nearby, ahead
 
 
 @pytest.fixture
@@ -103,6 +103,40 @@ def test_what_failed_is_let_go_without_waiting_for_the_garbage_collector(nearby,
         assert [clip() for clip in clips] == [None] * 20
     finally:
         gc.enable()
+
+
+def test_what_is_done_holds_no_clip_and_is_settled_at_the_next_look(nearby):
+    settled, kept = [], []
+    behind = Behind(nearby, 8, lambda item, future: settled.append(item))
+    for n in range(3):
+        clip = {n}
+        kept.append(weakref.ref(clip))
+        behind.put(n, len, clip)
+    del clip
+    end = time.monotonic() + 20
+    while any(clip() is not None for clip in kept) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert [clip() for clip in kept] == [None] * 3
+    assert settled == []
+    behind.wait()
+    assert settled == [0, 1, 2]
+
+
+def test_of_clips_of_many_kinds_the_fullest_group_goes_first_and_at_most_four_wait():
+    """A clip is a letter, its kind, and a number."""
+    taken, size = [], BatchSize(3, 1)
+    clips = "a0 a1 b0 a2 b1 c0 d0 e0 f0 b2".split()
+    groups = size.groups((taken.append(clip) or clip for clip in clips), key=lambda clip: clip[0])
+    asked = [(group, len(taken)) for group in groups]
+    assert asked == [
+        (["a0", "a1", "a2"], 4),
+        (["b0", "b1"], 9),  # b, c, d, e and now f: of five the fullest
+        (["c0"], 10),  # the same, all of one clip: the first
+        (["d0"], 10),
+        (["e0"], 10),
+        (["f0"], 10),
+        (["b2"], 10),
+    ]
 
 
 def test_an_interrupt_comes_out_at_once(nearby):
