@@ -10,7 +10,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -158,7 +158,8 @@ class RunFolder:
     def __init__(self, parent: Path):
         with _locked(parent / "lock") as locks_work:
             for folder in dead_runs(parent) if locks_work else ():
-                shutil.rmtree(folder, ignore_errors=True)  # its owner may be removing it too; verify names the rest
+                with suppress(OSError):  # its owner may be removing it too; verify names the rest
+                    _remove_run(folder)
             self.path = parent / f"run-{secrets.token_hex(6)}"
             self.path.mkdir()
             lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
@@ -193,13 +194,18 @@ def dead_runs(parent: Path) -> list[Path]:
     return dead
 
 
+def _remove_run(folder: Path) -> None:
+    """The lock goes last: a folder without one counts as dead only if it is empty, and this may be killed too."""
+    for file in [*folder.glob("*.part"), folder / "lock"]:
+        file.unlink(missing_ok=True)
+    folder.rmdir()
+
+
 def _end_run(path: Path, lock: int, pid: int) -> None:
     if os.getpid() != pid:  # a forked child: the folder is its parent's
         return
     try:
-        for file in [*path.glob("*.part"), path / "lock"]:  # the lock last: without it the folder must be empty
-            file.unlink(missing_ok=True)
-        path.rmdir()
+        _remove_run(path)
         # The last one out removes the parent. Never waits: this may run inside a garbage collection.
         with _locked(path.parent / "lock", wait=False):
             if not any(path.parent.glob("run-*")):

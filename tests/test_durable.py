@@ -56,6 +56,31 @@ def forked(work, *args) -> int:
         os._exit(code)
 
 
+@pytest.mark.parametrize("removed", range(9))
+def test_a_run_killed_while_it_removes_a_dead_ones_files_leaves_nothing_for_good(removed, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    dead, unlink, calls = tmp_path / "tmp/run-dead", os.unlink, []
+    dead.mkdir(parents=True)
+    for name in ("lock", *(f"1-{i}.part" for i in range(8))):
+        (dead / name).touch()
+
+    def killed_in_between(*args, **kwargs):
+        if len(calls) == removed:
+            raise Killed
+        calls.append(args)
+        unlink(*args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", killed_in_between)
+    with pytest.raises(Killed):
+        RunFolder(tmp_path / "tmp")
+    monkeypatch.undo()
+    assert len(list(dead.iterdir())) == 9 - removed
+    RunFolder(tmp_path / "tmp").close()
+    assert not (tmp_path / "tmp").exists()
+
+
 # -- kill -9 --------------------------------------------------------------------------------------------------------
 
 CLIPS = 40
