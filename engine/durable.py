@@ -196,8 +196,12 @@ def dead_runs(parent: Path) -> list[Path]:
 
 def _remove_run(folder: Path) -> None:
     """The lock goes last: a folder without one counts as dead only if it is empty, and this may be killed too."""
-    for file in [*folder.glob("*.part"), folder / "lock"]:
-        file.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink(missing_ok=True)
+    (folder / "lock").unlink(missing_ok=True)
     folder.rmdir()
 
 

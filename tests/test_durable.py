@@ -62,8 +62,8 @@ def test_a_run_killed_while_it_removes_a_dead_ones_files_leaves_nothing_for_good
         pass
 
     dead, unlink, calls = tmp_path / "tmp/run-dead", os.unlink, []
-    dead.mkdir(parents=True)
-    for name in ("lock", *(f"1-{i}.part" for i in range(8))):
+    (dead / "of a library").mkdir(parents=True)
+    for name in ("lock", "of a library/file", *(f"1-{i}.part" for i in range(7))):
         (dead / name).touch()
 
     def killed_in_between(*args, **kwargs):
@@ -76,7 +76,7 @@ def test_a_run_killed_while_it_removes_a_dead_ones_files_leaves_nothing_for_good
     with pytest.raises(Killed):
         RunFolder(tmp_path / "tmp")
     monkeypatch.undo()
-    assert len(list(dead.iterdir())) == 9 - removed
+    assert sum(path.is_file() for path in dead.rglob("*")) == 9 - removed
     RunFolder(tmp_path / "tmp").close()
     assert not (tmp_path / "tmp").exists()
 
