@@ -6,6 +6,7 @@ from collections.abc import Callable
 from spatialprobe.engine.commands.flags import WORDS, add_flags
 from spatialprobe.engine.commands.outcome import print_report
 
+IMAGES = "{clip}/frame_{frame:05d}.png"
 ASK_WORDS = {  # word -> (placeholder, help)
     "out": ("DIR", "folder of the questions; run the same command again to resume"),
     "per_clip": ("N", "questions of each clip (default: 100)"),
@@ -14,7 +15,7 @@ ASK_WORDS = {  # word -> (placeholder, help)
     "levels": ("I,J", "0 pixels, 1 one object, 2 two objects, 3 several steps (default: all)"),
     "shares": ("X,Y", "shares of these levels (default: of all four 0.15,0.25,0.35,0.25)"),
     "forms": ("F,G", "open, choice, truth, each alone or with its share (default: open=0.4,choice=0.3,truth=0.3)"),
-    "images": ("PATTERN", "of image paths in chats (default: {clip}/frame_{frame:05d}.png)"),
+    "images": ("PATTERN", f"of image paths in chats (default: {IMAGES})"),
     "shard": ("I/N", "every N-th part of the output from the I-th, from 0"),
     "limit": WORDS["limit"],
 }
@@ -37,7 +38,7 @@ def ask(args: argparse.Namespace) -> int:
         raise ValueError("images goes with chat")
     settings = Settings.from_words({word: text for word in ASK_WORDS if (text := getattr(args, word)) is not None})
     limit = None if args.limit is None else positive("limit", args.limit)
-    images = (args.images or "{clip}/frame_{frame:05d}.png") if args.chat else None
+    images = (args.images or IMAGES) if args.chat else None
     job = AskJob(args.lifted, args.out, settings, images, args.shard, limit)
     report, out, summary = run_ask(job, retry_failed=args.retry_failed)
     code = print_report(report, out, args.words)
