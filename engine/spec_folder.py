@@ -44,11 +44,13 @@ class SpecFolder(Generic[S]):
         """Raises what making the folder would, and writes nothing."""
         if root.exists() and not root.is_dir():
             raise ValueError(f"{root} is a file; {cls.WHAT} are a folder")
+        # Listed before the spec is looked for: another process may be making the folder.
+        foreign = sorted(p.name for p in root.iterdir() if p.name != "tmp") if root.is_dir() else []
         if (root / cls.NAME).exists():
             if changed := differences(cls.READ(root / cls.NAME), spec):
                 lines = "\n".join(f"  {line}" for line in changed)
                 raise ValueError(f"{root} holds {cls.WHAT} of another spec; choose another folder\n{lines}")
-        elif root.is_dir() and (foreign := sorted(p.name for p in root.iterdir() if p.name != "tmp")):
+        elif foreign:
             raise ValueError(f"{root} is not empty and no folder of {cls.WHAT}: it holds {', '.join(foreign[:5])}")
 
     @classmethod

@@ -60,6 +60,20 @@ def test_of_two_specs_at_once_the_later_one_is_refused(tmp_path, monkeypatch):
     assert TargetFolder.READ(tmp_path / TargetFolder.NAME) == spec("content:1")
 
 
+def test_of_two_at_once_with_one_spec_both_go_on(tmp_path, monkeypatch):
+    listing = Path.iterdir
+
+    def late(path):
+        if path == tmp_path:
+            (path / TargetFolder.NAME).write_text(spec().to_json())
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    TargetFolder.check_place(tmp_path, spec())
+    with pytest.raises(ValueError, match="of another spec"):
+        TargetFolder.check_place(tmp_path, spec("content:1"))
+
+
 def test_a_clip_is_there_once_its_file_is_and_has_not_failed_then(tmp_path):
     folder = TargetFolder(tmp_path, spec())
     for clip_id in ("room/b", "c", "a"):

@@ -99,8 +99,9 @@ class StudyJob:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"{self.out} is a file; a study is a folder")
         file = self.out / SUMMARY
+        # Listed before the summary is looked for: another process may be making the study.
+        names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
         if not file.exists():
-            names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
             if foreign := sorted(names - {"stores", "runs", ".tmp"}):
                 raise ValueError(f"{self.out} is not empty and no study: it holds {', '.join(foreign)}")
             return
