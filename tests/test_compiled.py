@@ -5,6 +5,7 @@ Programs are made without vector instructions here, which takes a fifth of the t
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,11 @@ from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import Refused
 
-FAMILIES = list(MODELS) if os.environ.get("EVERY_FAMILY") == "1" else ["ltx", "qwen3_vl", "clip"]
+TOWERS = "qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 internvl llava_onevision glm4v gemma3".split()  # with tap=vision
+if os.environ.get("EVERY_FAMILY") == "1":
+    FAMILIES = [(name, "usual") for name in MODELS] + [(name, "vision") for name in TOWERS]
+else:
+    FAMILIES = [("ltx", "usual"), ("qwen3_vl", "usual"), ("clip", "usual"), ("qwen2_5_vl", "vision")]
 BOUND = 2e-6  # relative L2 per block in float32
 BOUNDS = {"qwen3_5": 1e-4}  # a recurrence over tokens, which carries its rounding on
 
@@ -60,10 +65,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_compiled_blocks_have_the_features_of_eager_ones(name, tmp_path):
+@pytest.mark.parametrize(("name", "tap"), FAMILIES)
+def test_compiled_blocks_have_the_features_of_eager_ones(name, tap, tmp_path):
     """All blocks of a kind share a program; the first may see its input laid out otherwise, and so have its own."""
     tiny = MODELS[name]
+    if tap == "vision":
+        tiny = replace(tiny, options=tiny.options | {"tap": "vision"})
     adapter, clip = tiny.load(tmp_path), make_clip(tiny.frames)
     layers = range(len(adapter.blocks))
     eager = features(adapter, clip, layers, query=tiny.query, step=tiny.step)

@@ -50,3 +50,19 @@ def patch_places(
         place = key.flatten().argsort().argsort()  # keys are distinct: the rank of each cell
     inside = torch.arange(merge**2).view(merge, 1, merge)
     return (place.view(rows, 1, columns, 1) * merge**2 + inside).flatten()
+
+
+def window_lengths(
+    height: int,  # patches
+    width: int,
+    merge: int,
+    window: int,  # cells, as above
+) -> list[int]:
+    """Patches in each attention window of an image, in the order in which the tower sees windows."""
+    rows, columns = height // merge, width // merge
+    cells = (
+        min(window, rows - i) * min(window, columns - j)
+        for i in range(0, rows, window)
+        for j in range(0, columns, window)
+    )
+    return [merge**2 * count for count in cells]

@@ -26,7 +26,8 @@ from spatialprobe.engine.parts.frames_as_images import (
     numbered,
     plan_images,
 )
-from spatialprobe.engine.parts.image_grid import fit_pixels, patch_places, pixel_range
+from spatialprobe.engine.parts.image_grid import fit_pixels, patch_places, pixel_range, window_lengths
+from spatialprobe.engine.parts.packed_attention import attend_within_pieces
 from spatialprobe.engine.types import Clip, Plan
 
 PARTS = ("text_config", "vision_config")
@@ -178,6 +179,8 @@ class QwenKin(Adapter):
         rename = lambda name: self.stored_name(prefix + name)  # noqa: E731
         load_weights(self.model, self.checkpoint, device=device, dtype=dtype, rename=rename)
         self.blocks = self.model.blocks if self.vision else self.model.language_model.layers
+        tower = self.model if self.vision else self.model.visual
+        self.pieces = attend_within_pieces(block.attn for block in tower.blocks)
         module, name = self.PROCESSOR.split(":")
         with one_line(self.checkpoint.root):
             self.processor = getattr(import_module(module), name).from_pretrained(self.checkpoint.root)
@@ -222,7 +225,13 @@ class QwenKin(Adapter):
         return f"{self.TURN[0]}{question}{self.TURN[1]}"
 
     def encode(self, inputs: Inputs, plan: Plan) -> Inputs:
-        # Without noise steps there is one forward per clip, so the vision tower runs inside it, once.
+        """Without noise steps there is one forward per clip, so the vision tower runs inside it, once."""
+        height, width = (side // self.patch for side in plan.size)
+        images = len(inputs["pixel_values"]) * plan.grid[0]
+        cut = [[height * width]]
+        if self.window() is not None:
+            cut.append(window_lengths(height, width, self.merge, self.window()))
+        self.pieces.set(self.device, *(images * lengths for lengths in cut))
         return inputs
 
     def forward(self, state: Inputs, step: None, noise: None) -> None:
