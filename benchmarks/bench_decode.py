@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.clips.decode import load_clip
+from spatialprobe.engine.clips.images import resize
 from spatialprobe.engine.device.resize import resize_on_device
-from spatialprobe.engine.images import resize
 from spatialprobe.engine.types import ClipRef, FrameSelection
 
 SOURCE, SIZE = (540, 960), (480, 832)  # the study's frames, and Wan's input

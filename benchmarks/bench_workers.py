@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
-from spatialprobe.engine.durable import RunFolder, make_folder, publish
+from spatialprobe.engine.files.durable import RunFolder, make_folder, publish
 from spatialprobe.engine.store import FeatureStore
 
 CLIPS, ROUNDS, WRITERS = 10_000, 3, 4  # writers: the engine's default

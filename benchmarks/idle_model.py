@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from spatialprobe.engine.adapter import Adapter
+from spatialprobe.engine.clips.sources import list_clips
 from spatialprobe.engine.extract import extract
+from spatialprobe.engine.pipeline.progress import RunLog
 from spatialprobe.engine.processes.sharing import Sharing
-from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, Plan
 

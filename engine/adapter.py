@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.clipfile import is_whole, write_file
-from spatialprobe.engine.durable import RunFolder, make_folder, publish
+from spatialprobe.engine.files.clipfile import is_whole, write_file
+from spatialprobe.engine.files.durable import RunFolder, make_folder, publish
 from spatialprobe.engine.types import Clip, FeatureSpec, Plan, parse_query
 
 Inputs = dict[str, Tensor]  # what `prepare` makes of one clip, and, stacked on a first dimension B, what `encode` takes

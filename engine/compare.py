@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spatialprobe.engine.files.schema import differing
 from spatialprobe.engine.reading.rows import FeatureSource, Key, OpenClip, StoredRows
-from spatialprobe.engine.schema import differing
 from spatialprobe.engine.types import tensor_name
 from spatialprobe.kernels.pool_features import dequantize
 

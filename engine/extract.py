@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter, plan_clip
-from spatialprobe.engine.bottleneck import held_back_line
-from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.clips.decode import load_clip
 from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.compiled import CompileTimes, full_batch, new_pass
-from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.feeding import Fed, Feeder, stage
-from spatialprobe.engine.latents import FromLatents, LatentFolder
+from spatialprobe.engine.device.launches import LaunchTimes
+from spatialprobe.engine.files.durable import StoreFull
+from spatialprobe.engine.pipeline.bottleneck import held_back_line
+from spatialprobe.engine.pipeline.feeding import Fed, Feeder, stage
+from spatialprobe.engine.pipeline.latents import FromLatents, LatentFolder
+from spatialprobe.engine.pipeline.queues import BatchSize, Behind, Nearby, ahead
+from spatialprobe.engine.pipeline.report import Outcomes, Progress, Report, TakenOver
+from spatialprobe.engine.pipeline.tap import Taps
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.processes.sharing import Alone, Sharing
-from spatialprobe.engine.queues import BatchSize, Behind, Nearby, ahead
-from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.tap import Taps
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import STORE_DTYPES, ClipError, ClipRef, FeatureSpec, Plan, first_line, tensor_name
 from spatialprobe.kernels.pool_features import Finished, accumulate, pool_features
 
@@ -81,7 +82,7 @@ def extract(
     todo = [ref for ref in refs if ref.id not in done]
     report = Report(asked=len(refs), present=len(refs) - len(todo))
     outcomes = Outcomes(report, store, progress, sharing.release, sharing.again)
-    taps = Taps(adapter.blocks, spec.layers)
+    launches, taps = LaunchTimes(adapter.blocks, spec, device), Taps(adapter.blocks, spec.layers)
     loading, writing = ThreadPoolExecutor(loaders, "load"), ThreadPoolExecutor(writers, "write")
     if device.type == "cpu":
         loading, writing = Nearby(loading, SHORT_LOAD), Nearby(writing, SHORT_WRITE)
@@ -113,9 +114,10 @@ def extract(
     finally:
         loading.shutdown(cancel_futures=True)
         writing.shutdown()
+        launches.remove()
         taps.remove()
         compiling.stop()
-    report.batch_size, report.timing = size.now, compiling.told_apart(clock)
+    report.batch_size, report.timing = size.now, compiling.told_apart(clock) | launches.summary()
     cannot = [] if device.type == "cuda" and adapter.PREPARES_ON_DEVICE else ["prepare"]
     cannot += [] if isinstance(adapter, FromLatents) and latents is None else ["encode"]
     here = [side for side, pool in (("loaders", loading), ("writers", writing)) if getattr(pool, "here", False)]

@@ -17,8 +17,8 @@ from spatialprobe.engine.device.attention import kernel_versions, resolve_attent
 from spatialprobe.engine.device.compiled import check_compile
 from spatialprobe.engine.device.placement import OFFLOAD
 from spatialprobe.engine.device.precision import check_precision
-from spatialprobe.engine.feeding import check_resize
-from spatialprobe.engine.latents import check_latents
+from spatialprobe.engine.pipeline.feeding import check_resize
+from spatialprobe.engine.pipeline.latents import check_latents
 from spatialprobe.engine.presets import ENCODERS, FAMILIES, PRESETS, adapter_class, detect_family, encoder_layers
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, FrameSelection
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter
-from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
+from spatialprobe.engine.files.durable import StoreFull
+from spatialprobe.engine.pipeline.report import Report
 from spatialprobe.engine.reading.memory import MemoryClip, each
 from spatialprobe.engine.reading.rows import StoredRows
-from spatialprobe.engine.report import Report
 from spatialprobe.engine.types import ClipRef, FeatureSpec, tensor_name
 
 

@@ -9,18 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 
+from spatialprobe.engine.clips.sources import list_clips
 from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.memory_plan import MemoryPlan, plan_memory
 from spatialprobe.engine.device.placement import check_fits, place
 from spatialprobe.engine.device.tiling import fit, follow
-from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
-from spatialprobe.engine.latents import LatentFolder, latent_key
+from spatialprobe.engine.pipeline.latents import LatentFolder, latent_key
+from spatialprobe.engine.pipeline.progress import RunLog
+from spatialprobe.engine.pipeline.report import Report, run_file
 from spatialprobe.engine.processes.sharing import Sharing
-from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.report import Report, run_file
-from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
 

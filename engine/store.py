@@ -16,15 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import SUFFIX, BadFile, Entry, clip_files, read_header, write_file
-from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
-from spatialprobe.engine.failures import append_failure, read_failures
+from spatialprobe.engine.files.clipfile import SUFFIX, BadFile, Entry, clip_files, read_header, write_file
+from spatialprobe.engine.files.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
+from spatialprobe.engine.files.failures import append_failure, read_failures
+from spatialprobe.engine.files.schema import differences, mismatches, quantised, row_mismatches
+from spatialprobe.engine.files.verify import StoreInfo, reread, summarize
 from spatialprobe.engine.reading.ranges import LocalFile
 from spatialprobe.engine.reading.rows import Key, StoredRows
 from spatialprobe.engine.reading.stored_clip import StoredClip
-from spatialprobe.engine.schema import differences, mismatches, quantised, row_mismatches
 from spatialprobe.engine.types import Features, FeatureSpec, check_clip_id, rows_of, tensor_name
-from spatialprobe.engine.verify import StoreInfo, reread, summarize
 from spatialprobe.kernels.pool_features import dequantize
 
 log = logging.getLogger(__name__)

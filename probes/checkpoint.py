@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import is_whole, read_header, write_file
-from spatialprobe.engine.durable import RunFolder, publish, room_for
+from spatialprobe.engine.files.clipfile import is_whole, read_header, write_file
+from spatialprobe.engine.files.durable import RunFolder, publish, room_for
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.task import ProbeConfig, ProbeTask
 from spatialprobe.probes.training import Trainee

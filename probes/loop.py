@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spatialprobe.engine.durable import make_folder
+from spatialprobe.engine.files.durable import make_folder
 from spatialprobe.engine.reading.rows import FeatureSource
 from spatialprobe.probes.checkpoint import load_probe, load_run, save_probe, save_run
 from spatialprobe.probes.data import FeatureLoader

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.decode import describe_cut, window_cut
+from spatialprobe.engine.clips.decode import describe_cut, window_cut
+from spatialprobe.engine.files.schema import quantised
 from spatialprobe.engine.reading.memory import MemoryClip, copy_rows, each
 from spatialprobe.engine.reading.rows import Key, OpenClip, StoredRows
-from spatialprobe.engine.schema import quantised
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec
 from spatialprobe.probes.batches import BatchBuilder, FeatureKey
 from spatialprobe.probes.labels.base import Labels

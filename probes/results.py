@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from spatialprobe.engine.durable import write_whole
+from spatialprobe.engine.files.durable import write_whole
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+from spatialprobe.engine.files.schema import differences
 from spatialprobe.engine.reading.rows import FeatureSource, OpenClip
-from spatialprobe.engine.schema import differences
 
 
 class Shards:

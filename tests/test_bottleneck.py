@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spatialprobe.engine.bottleneck import held_back, held_back_line
-from spatialprobe.engine.timing import Clock
+from spatialprobe.engine.pipeline.bottleneck import held_back, held_back_line
+from spatialprobe.engine.pipeline.timing import Clock
 
 
 def timing(busy: float, **stages: float) -> dict:
@@ -46,6 +46,19 @@ def timing(busy: float, **stages: float) -> dict:
 )
 def test_the_line_names_the_stage_and_what_would_widen_it(clock, line):
     assert held_back_line(clock, loaders=4, writers=2, cores=16) == line
+
+
+@pytest.mark.parametrize(
+    ("launch", "advice"),
+    [
+        (0.8, "a larger --batch, or --compile graphs (launching is 80% of a block's time)"),
+        (0.79, "fewer --steps, or --compile where it is off (launching is 79% of a block's time)"),
+    ],
+)
+def test_blocks_that_wait_for_launches_want_graphs(launch, advice):
+    measured = {"launches": {"launch_ms": 5 * launch, "block_ms": 5.0}}
+    assert held_back(timing(0.9, blocks=90) | measured, loaders=1, writers=1).advice == advice
+    assert held_back(timing(0.9, encode=90) | measured, loaders=1, writers=1).stage == "encode"
 
 
 def test_more_threads_than_cores_are_not_advised():

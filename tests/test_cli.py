@@ -302,7 +302,7 @@ def test_a_store_kept_inside_the_model_folder_does_not_change_the_model(words, w
 
 
 def test_a_full_disk_and_a_bug_have_exit_codes_of_their_own(words, monkeypatch, capsys):
-    from spatialprobe.engine.durable import StoreFull
+    from spatialprobe.engine.files.durable import StoreFull
 
     def full(self, *args):
         raise StoreFull(28, "No space left on device: 1 MB needed, 0 MB free", "clips/x")
@@ -321,7 +321,7 @@ def test_a_full_disk_and_a_bug_have_exit_codes_of_their_own(words, monkeypatch, 
 
 def test_an_interrupted_run_exits_130_and_says_so(words, monkeypatch, capsys):
     from spatialprobe.engine import run
-    from spatialprobe.engine.report import Report
+    from spatialprobe.engine.pipeline.report import Report
 
     monkeypatch.setattr(run, "extract", lambda *a, **k: Report(5, 0, written=2, interrupted=True))
     assert main(words) == 130

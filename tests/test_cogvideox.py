@@ -206,7 +206,7 @@ def test_what_a_query_does_not_touch_is_not_read_encoded_or_run(
     paths, clips, tmp_path, monkeypatch, kind, query, encoded
 ):
     """Per clip: the frames of one half, one VAE call for it (and one for the image), one run of each block a step."""
-    from spatialprobe.engine import decode
+    from spatialprobe.engine.clips import decode
 
     read, counts, load, read_image = [], {"encode": 0, "block": 0}, CogVideoX.load, decode._read_image
     monkeypatch.setattr(decode, "_read_image", lambda path: read.append(path.name) or read_image(path))

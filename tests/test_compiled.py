@@ -22,9 +22,9 @@ from spatialprobe.engine.device import compiled
 from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.compiled import CompileTimes, check_compile, full_batch, new_pass
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.run import job_clips, load, run_job
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import Refused
 
 TOWERS = "qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 internvl llava_onevision glm4v gemma3".split()  # with tap=vision

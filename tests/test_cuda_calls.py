@@ -6,7 +6,7 @@ from probe_data import CHANNELS
 from torch import nn
 
 from spatialprobe.engine.device.precision import Fp8Linear
-from spatialprobe.engine.timing import Clock
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.tasks.instance import INSTANCE
 

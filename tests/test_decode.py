@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from spatialprobe.engine import decode, video
-from spatialprobe.engine.decode import load_clip, select_frames
+from spatialprobe.engine.clips import decode, video
+from spatialprobe.engine.clips.decode import load_clip, select_frames
 from spatialprobe.engine.types import Clip, ClipError, ClipRef, FrameSelection, ShortClip
 
 FASTSTART = {name: {"movflags": "faststart"} for name in ("x.mp4", "x.mov")}  # the index before the pictures

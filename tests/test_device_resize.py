@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spatialprobe.engine import images
+from spatialprobe.engine.clips import images
 from spatialprobe.engine.device import resize as device_resize
 from spatialprobe.engine.device.resize import FILTERS, columns_first, resize_on_device
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatialprobe.engine import durable
-from spatialprobe.engine.durable import RunFolder, StoreFull, append_line, publish_first, room_for, write_text
+from spatialprobe.engine.files import durable
+from spatialprobe.engine.files.durable import RunFolder, StoreFull, append_line, publish_first, room_for, write_text
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection
 

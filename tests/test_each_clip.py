@@ -14,13 +14,13 @@ from threading import Barrier, Event
 import pytest
 import torch
 
-from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.each_clip import Lost, each_clip
-from spatialprobe.engine.failures import read_failures
+from spatialprobe.engine.files.durable import StoreFull
+from spatialprobe.engine.files.failures import read_failures
+from spatialprobe.engine.pipeline.each_clip import Lost, each_clip
+from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.processes.leases import Leases
-from spatialprobe.engine.report import Report
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import ClipError, ClipRef, FrameSelection, ShortClip
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.adapter import Adapter
-from spatialprobe.engine.durable import StoreFull
 from spatialprobe.engine.extract import extract
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Clip, ClipError, ClipRef, FeatureSpec, FrameSelection, Plan, ShortClip
 

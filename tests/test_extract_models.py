@@ -196,7 +196,7 @@ def test_in_bfloat16_a_batch_changes_more_than_the_last_bits(family, clips_path,
 
 
 def test_only_shown_frames_are_read(clips_path, qwen_path, tmp_path, monkeypatch):
-    from spatialprobe.engine import decode
+    from spatialprobe.engine.clips import decode
 
     read, read_image = [], decode._read_image
     monkeypatch.setattr(decode, "_read_image", lambda path: read.append(path.name) or read_image(path))

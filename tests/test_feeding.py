@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from spatialprobe.engine import images
+from spatialprobe.engine.clips import images
 from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
-from spatialprobe.engine.feeding import Feeder, stage
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.pipeline.feeding import Feeder, stage
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.run import run_job
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import Clip
 
 CPU = torch.device("cpu")

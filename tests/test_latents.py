@@ -14,7 +14,7 @@ from spatialprobe.engine.demo.tiny.cogvideox import build_aether, build_cogvideo
 from spatialprobe.engine.demo.tiny.ltx import build_ltx
 from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
 from spatialprobe.engine.job import Job, resolve
-from spatialprobe.engine.latents import LatentFolder, source_identity, weights_hash
+from spatialprobe.engine.pipeline.latents import LatentFolder, source_identity, weights_hash
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import ClipRef
 

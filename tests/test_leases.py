@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.processes.leases import Leases, key_of
 
 QUICK = {"beat": 0.02, "patience": 0.3}

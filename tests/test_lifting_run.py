@@ -14,10 +14,10 @@ from lifting_scenes import UP, views_of
 from safetensors.torch import load_file, save_file
 
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.clipfile import is_whole, read_header, write_file
 from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene, resized
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files.clipfile import is_whole, read_header, write_file
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.lifting import run
 from spatialprobe.engine.lifting.folder import LiftFolder, read_spec, read_table
 from spatialprobe.engine.lifting.lift import lift

@@ -33,7 +33,7 @@ from spatialprobe.engine.device.live_bytes import META, LiveBytes
 from spatialprobe.engine.device.memory_plan import MemoryPlan, modules_of, plan_memory, run_once, shapes_of
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.parts.text_encoder import encoder_bytes
-from spatialprobe.engine.tap import Taps
+from spatialprobe.engine.pipeline.tap import Taps
 from spatialprobe.engine.types import COMPUTE_DTYPES
 
 BUILD = {

@@ -14,7 +14,7 @@ from spatialprobe.engine.demo.probes import write_noise
 from spatialprobe.engine.demo.render import render_clip
 from spatialprobe.engine.demo.scene_files import unproject, write_demo, write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.pointmaps.encode import channel_names, encode_points, token_shares
 from spatialprobe.engine.pointmaps.options import PointOptions
 from spatialprobe.engine.pointmaps.run import run_points

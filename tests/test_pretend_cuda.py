@@ -14,12 +14,12 @@ from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.device import placement
 from spatialprobe.engine.device.placement import place
 from spatialprobe.engine.extract import batch_noise
-from spatialprobe.engine.feeding import Fed, Feeder
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.pipeline.feeding import Fed, Feeder
+from spatialprobe.engine.pipeline.tap import Taps
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.presets import adapter_class, detect_family
 from spatialprobe.engine.run import run_job
-from spatialprobe.engine.tap import Taps
-from spatialprobe.engine.timing import Clock
 from spatialprobe.probes.loop import evaluate, train
 from spatialprobe.probes.tasks.instance import INSTANCE
 from spatialprobe.probes.tasks.tagging import TAGGING
@@ -129,6 +129,11 @@ def test_a_job_fills_its_store(words, clips_path, wan_path, tmp_path):
     assert report.written == 3, report.failures
     assert not pretend_cuda.unpinned
     assert made.provenance("clip0")["gpu"] == "Pretended GPU"
+    launches = report.timing.get("launches")
+    if "steps" in words:  # four passes; else there are two, and the third is measured
+        assert 0 < launches["launch_ms"] <= launches["block_ms"]
+    else:
+        assert launches is None
     assert made.spec.options["vae_tiling"] is False  # by a plan of memory, and then tried
     if "precision" in words:
         return  # a CPU is refused

@@ -13,7 +13,7 @@ import pytest
 from synthetic_tables import random_table
 
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.failures import read_failures
+from spatialprobe.engine.files.failures import read_failures
 from spatialprobe.engine.questions.folder import QuestionFolder, QuestionSpec
 from spatialprobe.engine.questions.run import ask_parts, check_images, clip_ids
 from spatialprobe.engine.questions.settings import Settings

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.queues import BatchSize, Behind, Nearby, ahead
+from spatialprobe.engine.files.durable import StoreFull
+from spatialprobe.engine.pipeline.queues import BatchSize, Behind, Nearby, ahead
 
 
 @pytest.fixture

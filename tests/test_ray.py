@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
-from spatialprobe.engine import latents
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.pipeline import latents
 from spatialprobe.engine.processes.ray_worker import RayWorker
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore

@@ -14,7 +14,7 @@ import fsspec
 import pytest
 import torch
 
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.reading import remote
 from spatialprobe.engine.reading.remote import CachedStore, RemoteStore, open_source
 from spatialprobe.engine.reading.rows import StoredRows

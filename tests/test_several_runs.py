@@ -25,10 +25,10 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from spatialprobe.engine import each_clip
+from spatialprobe.engine.pipeline import each_clip
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.processes.leases import Leases
-from spatialprobe.engine.spec_folder import ClipFolder
+from spatialprobe.engine.files.spec_folder import ClipFolder
 from spatialprobe.engine.store import FeatureStore
 
 role, diary, argv = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from spatialprobe.engine.sources import LAYOUTS, LOOKED_FOR, image_files, list_clips
+from spatialprobe.engine.clips.sources import LAYOUTS, LOOKED_FOR, image_files, list_clips
 from spatialprobe.engine.types import ClipRef
 
 

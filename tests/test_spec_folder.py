@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from spatialprobe.engine import spec_folder
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files import spec_folder
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
 from spatialprobe.engine.types import FrameSelection
 

@@ -13,18 +13,18 @@ from transformers import AutoModelForDepthEstimation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
 
-from spatialprobe.engine.cameras import check_centre, unproject
 from spatialprobe.engine.cli import main
+from spatialprobe.engine.clips.cameras import check_centre, unproject
 from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.demo.tiny.teachers import PROCESSORS, build_teacher
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.pipeline.timing import DEVICE_STAGES
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.targets import run as targets
 from spatialprobe.engine.targets.run import map_size, run_targets
 from spatialprobe.engine.targets.teachers import Maps, open_teacher
-from spatialprobe.engine.timing import DEVICE_STAGES
 from spatialprobe.probes import FeatureLoader
 from spatialprobe.probes.labels import open_labels
 from spatialprobe.probes.sampling import FrameSampling

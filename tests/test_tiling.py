@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spatialprobe.engine.clips.sources import list_clips
 from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.memory_plan import plan_memory
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.run import open_store, run_job
-from spatialprobe.engine.sources import list_clips
 from spatialprobe.engine.store import FeatureStore
 
 CPU = torch.device("cpu")

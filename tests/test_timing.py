@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from spatialprobe.engine.timing import Clock
+from spatialprobe.engine.pipeline.timing import Clock
 
 
 def test_nested_stages_are_taken_out_of_the_outer_one():

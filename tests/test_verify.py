@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spatialprobe.engine import verify
-from spatialprobe.engine.clipfile import write_file
+from spatialprobe.engine.files import verify
+from spatialprobe.engine.files.clipfile import write_file
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection
 from spatialprobe.kernels.pool_features import finish

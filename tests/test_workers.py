@@ -409,9 +409,10 @@ def test_timing_of_workers_adds_up():
         "seconds": 3.0, "busy": 0.75, "peak_memory_bytes": 4,
         "stages": {"write": {"seconds": 4.0, "gb_per_s": 2.5}, "wait": {"seconds": 2.0}},
     }  # fmt: skip
-    told = [{"latents": {"read": 2, "made": n}, "held_back": f"by {n}"} for n in (1, 4)]
+    told = [{"latents": {"read": 2, "made": n}, "held_back": f"by {n}", "launches": {"launch_ms": n}} for n in (1, 4)]
     merged = merged_timing([timing(1.0, 0.5, 4.0) | told[0], timing(3.0, 1.0, 2.0) | told[1]])
     assert (merged["latents"], merged["held_back"]) == ({"read": 4, "made": 5}, "by 4")
+    assert merged["launches"] == {"launch_ms": 4}  # of the longest, as what held it back
     assert merged_timing([]) == {}
 
 

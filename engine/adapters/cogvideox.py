@@ -15,8 +15,8 @@ from torch import Tensor
 
 from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.latents import FromLatents, Latents
 from spatialprobe.engine.parts.cogvideox import CogVideoXParts
+from spatialprobe.engine.pipeline.latents import FromLatents, Latents
 from spatialprobe.engine.types import Plan
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, one_line
+from spatialprobe.engine.clips.images import signed
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.images import signed
 from spatialprobe.engine.parts.vae import CHANNELS_LAST
 from spatialprobe.engine.parts.video_diffusion import NUM_STEPS, VideoDiffusion
 

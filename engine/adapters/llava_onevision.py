@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights, one_line
+from spatialprobe.engine.clips.images import resize
 from spatialprobe.engine.configs import TRANSFORMERS_4, check_fields, must_hold, table_of
-from spatialprobe.engine.images import resize
 from spatialprobe.engine.parts.frames_as_images import (
     INTRODUCTION,
     check_tap,

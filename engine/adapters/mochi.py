@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module
+from spatialprobe.engine.clips.images import signed
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.images import signed
 from spatialprobe.engine.parts.euler_schedule import euler_scheduler
 from spatialprobe.engine.parts.text_encoder import load_text_encoder
 from spatialprobe.engine.parts.vae import CHANNELS_LAST

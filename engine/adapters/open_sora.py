@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, content_hash, empty_module, load_weights, one_line
-from spatialprobe.engine.images import resize, signed
-from spatialprobe.engine.latents import FromLatents
+from spatialprobe.engine.clips.images import resize, signed
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack
 from spatialprobe.engine.parts.text_encoder import T5, encoder_bytes
 from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
+from spatialprobe.engine.pipeline.latents import FromLatents
 from spatialprobe.engine.types import Clip, Plan
 
 TRANSFORMER, VAE = "Open_Sora_v2.safetensors", "hunyuan_vae.safetensors"

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module
+from spatialprobe.engine.clips.images import resize, signed
 from spatialprobe.engine.configs import check_fields
-from spatialprobe.engine.images import resize, signed
-from spatialprobe.engine.latents import Latents
 from spatialprobe.engine.parts import clip_vision, experts
 from spatialprobe.engine.parts.flow_schedule import FlowSchedule
 from spatialprobe.engine.parts.text_encoder import load_text_encoder
 from spatialprobe.engine.parts.vae import CHANNELS_LAST
 from spatialprobe.engine.parts.video_diffusion import VideoDiffusion
+from spatialprobe.engine.pipeline.latents import Latents
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, Plan
 
 ENCODER = "UMT5EncoderModel"

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spatialprobe.engine.report import Report
+    from spatialprobe.engine.pipeline.report import Report
 
 
 def print_report(report: "Report", root: Path, words: list[str]) -> int:
     """What became of the clips, and the exit code."""
-    from spatialprobe.engine.progress import summary
+    from spatialprobe.engine.pipeline.progress import summary
 
     print(summary(report, root))
     if report.stopped:

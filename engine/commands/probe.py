@@ -125,7 +125,7 @@ class Bar:
         self._bar = None
 
     def __call__(self, state: "TrainProgress") -> None:
-        from spatialprobe.engine.progress import bar
+        from spatialprobe.engine.pipeline.progress import bar
 
         done, total = state.epoch * state.batches + state.batch, state.epochs * state.batches
         if self._bar is None:

@@ -14,7 +14,7 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.durable import write_whole
+    from spatialprobe.engine.files.durable import write_whole
     from spatialprobe.probes.report.collect import collect
     from spatialprobe.probes.report.page import render
     from spatialprobe.probes.report.scores import make_scores

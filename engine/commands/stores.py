@@ -39,7 +39,7 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def info(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.progress import store_lines
+    from spatialprobe.engine.pipeline.progress import store_lines
     from spatialprobe.engine.store import FeatureStore
 
     for line in store_lines(FeatureStore.open(args.store)):
@@ -48,7 +48,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.pipeline.progress import bar
     from spatialprobe.engine.store import FeatureStore
 
     store = FeatureStore.open(args.store)
@@ -65,7 +65,7 @@ def verify(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     from spatialprobe.engine.compare import compare_lines, compare_stores
     from spatialprobe.engine.job import share
-    from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.pipeline.progress import bar
     from spatialprobe.engine.store import FeatureStore
 
     limit = None if args.max_relative is None else share("max-relative", args.max_relative)
@@ -87,7 +87,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.progress import bar
+    from spatialprobe.engine.pipeline.progress import bar
     from spatialprobe.engine.reading.probing_files import export_probing
     from spatialprobe.engine.store import FeatureStore
 
@@ -102,8 +102,8 @@ def export(args: argparse.Namespace) -> int:
 
 def import_dump(args: argparse.Namespace) -> int:
     from spatialprobe.engine.job import layer_list, numbers, positive
+    from spatialprobe.engine.pipeline.progress import bar
     from spatialprobe.engine.presets import FAMILIES, STUDY_QUERY
-    from spatialprobe.engine.progress import bar
     from spatialprobe.engine.reading.probing_files import import_probing
     from spatialprobe.engine.types import FrameSelection
 

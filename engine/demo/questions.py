@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from spatialprobe.engine.lifting.run import LiftJob, run_lift
+from spatialprobe.engine.pipeline.report import Report
 from spatialprobe.engine.questions.forms import FORMS
 from spatialprobe.engine.questions.run import AskJob, run_ask
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.questions.types import LEVELS
-from spatialprobe.engine.report import Report
 from spatialprobe.probes.labels import Labels, open_labels
 from spatialprobe.probes.report.markup import Html, element, fold
 

@@ -13,7 +13,7 @@ from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
 from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.progress import summary
+from spatialprobe.engine.pipeline.progress import summary
 from spatialprobe.engine.run import run_job
 
 FRAMES, HEIGHT, WIDTH = 17, 160, 256

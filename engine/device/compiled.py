@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spatialprobe.engine.timing import Clock
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.types import COMPILE
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"

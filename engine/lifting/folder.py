@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import Entry, read_header
+from spatialprobe.engine.files.clipfile import Entry, read_header
+from spatialprobe.engine.files.spec_folder import SUFFIX, ClipFolder
 from spatialprobe.engine.lifting.lift import Lifted
 from spatialprobe.engine.lifting.objects import SHAPES, ObjectTable
-from spatialprobe.engine.spec_folder import SUFFIX, ClipFolder
 from spatialprobe.engine.types import FrameSelection
 
 __all__ = ["POINT_DTYPES", "SPEC", "SUFFIX", "LiftFolder", "LiftSpec", "file_tensors", "read_spec", "read_table"]

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.cameras import check_centre, resized_intrinsic
-from spatialprobe.engine.decode import describe_cut, window_cut
+from spatialprobe.engine.clips.cameras import check_centre, resized_intrinsic
+from spatialprobe.engine.clips.decode import describe_cut, window_cut
 from spatialprobe.engine.types import ClipError, FrameSelection, parse_query
 
 SAME_ASPECT = 0.05  # how far the masks' aspect may be from the depth's

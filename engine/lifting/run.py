@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.each_clip import Lost, each_clip
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import select_shard
 from spatialprobe.engine.lifting.folder import POINT_DTYPES, LiftFolder, LiftSpec, file_tensors, table_words
 from spatialprobe.engine.lifting.lift import Lifted, lift
 from spatialprobe.engine.lifting.reading import Arrays, Source, Sources, read_arrays
-from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.report import Report
-from spatialprobe.engine.timing import Clock
+from spatialprobe.engine.pipeline.each_clip import Lost, each_clip
+from spatialprobe.engine.pipeline.progress import RunLog
+from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.types import ClipError, ClipRef, parse_query
 
 Up = tuple[float, float, float]

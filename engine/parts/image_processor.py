@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spatialprobe.engine.images import resize
+from spatialprobe.engine.clips.images import resize
 
 # Fields that say nothing about the pixels, or about batching, padding and sampling that the engine does itself.
 NEUTRAL = frozenset(

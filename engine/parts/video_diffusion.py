@@ -16,11 +16,11 @@ from torch import Tensor
 
 from spatialprobe.engine.adapter import Inputs, cached, prompt_file
 from spatialprobe.engine.checkpoint import Checkpoint, load_weights
-from spatialprobe.engine.images import resize
-from spatialprobe.engine.latents import FromLatents, Latents
+from spatialprobe.engine.clips.images import resize
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.text_encoder import T5, encoder_bytes
 from spatialprobe.engine.parts.vae import set_up_vae
+from spatialprobe.engine.pipeline.latents import FromLatents, Latents
 from spatialprobe.engine.types import Clip, Plan
 
 NUM_STEPS = 1000  # steps index the schedule of this many

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.each_clip import Lost
+from spatialprobe.engine.pipeline.each_clip import Lost
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.pointmaps.encode import PointSums, check_rigid, sum_frame, to_camera, token_shares
 from spatialprobe.engine.pointmaps.options import LAYER, PointLabels, PointOptions
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import STORE_DTYPES, ClipError, FeatureSpec, tensor_name
 from spatialprobe.kernels.pool_features import Finished, finish
 

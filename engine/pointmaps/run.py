@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-from spatialprobe.engine.decode import describe_cut, window_cut
-from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.each_clip import each_clip
+from spatialprobe.engine.clips.decode import describe_cut, window_cut
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import select_shard
+from spatialprobe.engine.pipeline.each_clip import each_clip
+from spatialprobe.engine.pipeline.progress import RunLog
+from spatialprobe.engine.pipeline.report import Report, run_file
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.pointmaps.clip import make_clip, write
 from spatialprobe.engine.pointmaps.encode import channel_names
 from spatialprobe.engine.pointmaps.options import FRAMES, LAYER, UNITS, PointLabels, PointOptions
-from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.report import Report, run_file
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import ClipRef, FeatureSpec
 
 

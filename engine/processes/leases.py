@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from spatialprobe.engine.durable import NO_LINKS, NO_LOCKS, room_for
+from spatialprobe.engine.files.durable import NO_LINKS, NO_LOCKS, room_for
 
 BEAT, PATIENCE = 5.0, 60.0  # seconds
 TOKEN = "[0-9a-f]" * 16

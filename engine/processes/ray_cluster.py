@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from spatialprobe.engine.durable import RunFolder, make_folder
+from spatialprobe.engine.files.durable import RunFolder, make_folder
 
 LOCAL = "local"  # as address: a cluster on this machine, for the run
 GONE_AFTER = (

@@ -19,15 +19,15 @@ import torch
 from tqdm import tqdm
 
 from spatialprobe.engine.device.tiling import OPTION, chosen
-from spatialprobe.engine.durable import RunFolder
+from spatialprobe.engine.files.durable import RunFolder
+from spatialprobe.engine.files.schema import differences
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.pipeline.report import Report
 from spatialprobe.engine.processes.ray_cluster import GONE_AFTER, LOCAL, Cluster, cluster, ray_library
 from spatialprobe.engine.processes.ray_worker import RayWorker, Ticket
 from spatialprobe.engine.processes.sharing import Sharing, positions
 from spatialprobe.engine.processes.workers import Pool, merged_timing
-from spatialprobe.engine.report import Report
 from spatialprobe.engine.run import job_clips, open_run, survey, write_report
-from spatialprobe.engine.schema import differences
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef, FeatureSpec
 

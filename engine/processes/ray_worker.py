@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.pipeline.progress import RunLog
 from spatialprobe.engine.processes.sharing import look_again
 from spatialprobe.engine.processes.worker import fail
-from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.run import Run, open_store, set_up, survey
 from spatialprobe.engine.store import FeatureStore
 

@@ -17,10 +17,10 @@ from typing import Any
 from tqdm import tqdm
 
 from spatialprobe.engine.job import Job, device_of
+from spatialprobe.engine.pipeline.progress import bar
+from spatialprobe.engine.pipeline.report import Outcomes, Report
 from spatialprobe.engine.processes.sharing import Sharing, positions
 from spatialprobe.engine.processes.worker import KNOWN
-from spatialprobe.engine.progress import bar
-from spatialprobe.engine.report import Outcomes, Report
 from spatialprobe.engine.run import open_run, survey, write_report
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef
@@ -238,7 +238,7 @@ def merged_timing(timings: list[dict]) -> dict:
             if gb and into["seconds"]:
                 into["gb_per_s"] = round(gb / into["seconds"], 4)
     longest = max(timings, key=lambda timing: timing["seconds"])
-    told: dict[str, Any] = {"held_back": longest["held_back"]} if "held_back" in longest else {}
+    told: dict[str, Any] = {name: longest[name] for name in ("held_back", "launches") if name in longest}
     for name in ("compile", "latents"):
         if counts := [timing[name] for timing in timings if name in timing]:
             told[name] = {key: round(sum(count[key] for count in counts), 4) for key in counts[0]}

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from spatialprobe.engine.failures import read_failures
+from spatialprobe.engine.files.failures import read_failures
+from spatialprobe.engine.files.spec_folder import SpecFolder
 from spatialprobe.engine.questions.settings import Settings
-from spatialprobe.engine.spec_folder import SpecFolder
 
 Failure = tuple[str, str, str]  # clip id, stage, reason
 SPEC, PART_CLIPS = "questions.json", 256

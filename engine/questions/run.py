@@ -11,21 +11,21 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from spatialprobe.engine.clipfile import all_files
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files.clipfile import all_files
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import select_shard
 from spatialprobe.engine.lifting.folder import SPEC as LIFT_SPEC
 from spatialprobe.engine.lifting.folder import SUFFIX, read_table
 from spatialprobe.engine.lifting.objects import ObjectTable
+from spatialprobe.engine.pipeline.progress import RunLog
+from spatialprobe.engine.pipeline.report import Progress, Report
 from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.processes.sharing import POLL, look_again
-from spatialprobe.engine.progress import RunLog
 from spatialprobe.engine.questions.ask import Chosen, ask_together, choose, together
 from spatialprobe.engine.questions.folder import Failure, QuestionFolder, QuestionSpec
 from spatialprobe.engine.questions.lines import chat_lines, record_lines
 from spatialprobe.engine.questions.settings import Settings
 from spatialprobe.engine.questions.types import BY_TYPE
-from spatialprobe.engine.report import Progress, Report
 from spatialprobe.engine.types import ClipError, first_line
 
 TOGETHER = 32  # clips that are looked at together, if they have at most

@@ -4,7 +4,7 @@ import json
 import struct
 from itertools import pairwise
 
-from spatialprobe.engine.clipfile import MAX_HEADER, TAGS, BadFile, Entry
+from spatialprobe.engine.files.clipfile import MAX_HEADER, TAGS, BadFile, Entry
 
 
 def header_size(start: bytes, size: int) -> int:

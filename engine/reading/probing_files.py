@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import BadFile, is_whole, read_header, write_file
-from spatialprobe.engine.durable import RunFolder, make_folder, publish, room_for
+from spatialprobe.engine.files.clipfile import BadFile, is_whole, read_header, write_file
+from spatialprobe.engine.files.durable import RunFolder, make_folder, publish, room_for
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, check_clip_id, parse_query, tensor_name
 from spatialprobe.kernels.pool_features import token_stats

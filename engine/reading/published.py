@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import METADATA_KEY, BadFile, Entry
+from spatialprobe.engine.files.clipfile import METADATA_KEY, BadFile, Entry
 from spatialprobe.engine.reading.probing_files import (
     Published,
     describe_dump,

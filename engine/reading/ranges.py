@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from spatialprobe.engine.clipfile import BadFile
+from spatialprobe.engine.files.clipfile import BadFile
 
 Piece = tuple[int, np.ndarray]  # offset in the file, and the uint8 array to fill from there
 

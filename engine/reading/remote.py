@@ -16,8 +16,8 @@ from urllib.parse import quote, unquote
 import fsspec
 import numpy as np
 
-from spatialprobe.engine.clipfile import SUFFIX, BadFile, is_whole
-from spatialprobe.engine.durable import publish, room_for
+from spatialprobe.engine.files.clipfile import SUFFIX, BadFile, is_whole
+from spatialprobe.engine.files.durable import publish, room_for
 from spatialprobe.engine.reading.ranges import HEAD, Piece, extent, spans
 from spatialprobe.engine.reading.rows import FeatureSource
 from spatialprobe.engine.reading.stored_clip import StoredClip

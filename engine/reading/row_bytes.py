@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import CHUNK, METADATA_KEY, BadFile, Entry, Header, expected_checksum
+from spatialprobe.engine.files.clipfile import CHUNK, METADATA_KEY, BadFile, Entry, Header, expected_checksum
+from spatialprobe.engine.files.schema import quantised
 from spatialprobe.engine.reading.header import header_size, parse_header
 from spatialprobe.engine.reading.ranges import ByteFile, Piece
 from spatialprobe.engine.reading.rows import Key, StoredRows
-from spatialprobe.engine.schema import quantised
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, tensor_name
 
 

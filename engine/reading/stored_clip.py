@@ -6,7 +6,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from spatialprobe.engine.clipfile import BadFile
+from spatialprobe.engine.files.clipfile import BadFile
+from spatialprobe.engine.files.schema import mismatches
 from spatialprobe.engine.reading.ranges import ByteFile
 from spatialprobe.engine.reading.row_bytes import (
     check_bytes,
@@ -20,7 +21,6 @@ from spatialprobe.engine.reading.row_bytes import (
     row_pieces,
 )
 from spatialprobe.engine.reading.rows import Key, StoredRows, row_numbers
-from spatialprobe.engine.schema import mismatches
 from spatialprobe.engine.types import FeatureSpec, tensor_name
 
 

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from spatialprobe.engine.spec_folder import ClipFolder
+from spatialprobe.engine.files.spec_folder import ClipFolder
 from spatialprobe.engine.types import FrameSelection
 
 SPEC = "targets.json"

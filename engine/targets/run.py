@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spatialprobe.engine.cameras import check_centre, resized_intrinsic, unproject
-from spatialprobe.engine.decode import describe_cut, load_clip, window_cut
-from spatialprobe.engine.durable import StoreFull
-from spatialprobe.engine.each_clip import Lost, each_clip
-from spatialprobe.engine.images import resize
+from spatialprobe.engine.clips.cameras import check_centre, resized_intrinsic, unproject
+from spatialprobe.engine.clips.decode import describe_cut, load_clip, window_cut
+from spatialprobe.engine.clips.images import resize
+from spatialprobe.engine.clips.sources import list_clips
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import ALL, Job, device_of, parse_size, select_shard
-from spatialprobe.engine.progress import RunLog
-from spatialprobe.engine.report import Report
-from spatialprobe.engine.sources import list_clips
+from spatialprobe.engine.pipeline.each_clip import Lost, each_clip
+from spatialprobe.engine.pipeline.progress import RunLog
+from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
 from spatialprobe.engine.targets.teachers import Maps, Size, Teacher, open_teacher
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, FrameSelection, parse_query
 
 WINDOW = 81  # frames, the study's

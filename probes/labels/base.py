@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spatialprobe.engine.decode import load_clip
+from spatialprobe.engine.clips.decode import load_clip
 from spatialprobe.engine.types import ClipRef, FrameSelection, check_clip_id
 
 LABELS = {  # name -> dtype, shape of S frames, meaning

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.cameras import unproject
+from spatialprobe.engine.clips.cameras import unproject
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, NO_TAG
 from spatialprobe.engine.types import ClipRef
 from spatialprobe.probes.labels.base import Labels, TensorFile, read_images, read_names, world_to_camera

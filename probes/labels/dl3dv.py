@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import METADATA_KEY
+from spatialprobe.engine.files.clipfile import METADATA_KEY
 from spatialprobe.engine.targets.folder import SPEC, read_spec
 from spatialprobe.engine.types import FrameSelection
 from spatialprobe.probes.labels.base import Labels, TensorFile, split_ids

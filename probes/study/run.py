@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.adapter import plan_clip
-from spatialprobe.engine.durable import StoreFull, room_for, write_whole
+from spatialprobe.engine.files.durable import StoreFull, room_for, write_whole
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.pipeline.progress import summary
+from spatialprobe.engine.pipeline.report import Report
 from spatialprobe.engine.processes.workers import run_workers
-from spatialprobe.engine.progress import summary
-from spatialprobe.engine.report import Report
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Refused

@@ -19,6 +19,7 @@ DEVICE = {
     "resize": "--resize host",
     "finish": "--pool",
 }
+LAUNCHES = 0.8  # of a block's time: from there on the device is taken to wait for launches
 OTHERWISE = {"prepare": "smaller sources", "encode": "more GPUs"}  # where that cannot be had
 CALLING = {  # what the thread that drives the device does meanwhile
     "stage": "--resize host where sources are larger than the model's input",
@@ -63,11 +64,22 @@ def held_back(
     present = {name: seconds[name] for name in stages if seconds.get(name, 0.0) > 0}
     stage = max(present, key=present.__getitem__) if present else next(iter(stages))
     advice = OTHERWISE[stage] if stage in cannot else stages[stage]
+    if stage == "blocks" and "launches" in timing:
+        advice = of_blocks(**timing["launches"])
     if side in ("loaders", "writers"):
         threads = loaders if side == "loaders" else writers
         more = f"more --{side} ({threads} on {cores} cores)" if threads < cores else f"more cores ({threads} --{side})"
         advice = f"{'more processes (--devices)' if side in here else more} or {advice}"
     return HeldBack(stage, shares[side], advice)
+
+
+def of_blocks(launch_ms: float, block_ms: float) -> str:
+    """What would shorten blocks of which a launch takes so long, and one until the device is through."""
+    share = launch_ms / block_ms
+    known = f"launching is {share:.0%} of a block's time"
+    if share >= LAUNCHES:
+        return f"a larger --batch, or --compile graphs ({known})"
+    return f"fewer --steps, or --compile where it is off ({known})"
 
 
 def held_back_line(timing: dict[str, Any], **about: Any) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spatialprobe.engine.durable import room_for
-from spatialprobe.engine.report import Progress, Report
+from spatialprobe.engine.files.durable import room_for
+from spatialprobe.engine.pipeline.report import Progress, Report
 from spatialprobe.engine.store import FeatureStore
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter, Inputs
-from spatialprobe.engine.latents import LatentFolder, Latents, source_identity
-from spatialprobe.engine.timing import Clock
+from spatialprobe.engine.pipeline.latents import LatentFolder, Latents, source_identity
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.types import Clip, ClipRef, Plan
 
 RESIZE = ("auto", "host", "device")

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter, Inputs, plan_clip
-from spatialprobe.engine.clipfile import SUFFIX, BadFile, is_whole, read_header, write_file
+from spatialprobe.engine.clips.sources import image_files
 from spatialprobe.engine.device.attention import IMPLEMENTATIONS
-from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
-from spatialprobe.engine.sources import image_files
+from spatialprobe.engine.files.clipfile import SUFFIX, BadFile, is_whole, read_header, write_file
+from spatialprobe.engine.files.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
 from spatialprobe.engine.types import ClipRef, FeatureSpec, Plan
 
 Latents = dict[str, Tensor]  # by name, [B, ...]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import Entry
+from spatialprobe.engine.files.clipfile import Entry
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, tensor_name
 from spatialprobe.kernels.pool_features import QUANTISED_MAX
 

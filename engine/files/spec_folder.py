@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from spatialprobe.engine.clipfile import all_files, write_file
-from spatialprobe.engine.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
-from spatialprobe.engine.failures import append_failure, read_failures
-from spatialprobe.engine.report import run_file
-from spatialprobe.engine.schema import differences
+from spatialprobe.engine.files.clipfile import all_files, write_file
+from spatialprobe.engine.files.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
+from spatialprobe.engine.files.failures import append_failure, read_failures
+from spatialprobe.engine.files.schema import differences
+from spatialprobe.engine.pipeline.report import run_file
 from spatialprobe.engine.types import check_clip_id
 
 SUFFIX = ".sft"

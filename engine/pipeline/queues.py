@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.device.out_of_memory import is_out_of_memory
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.types import first_line
 
 

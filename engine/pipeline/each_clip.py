@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spatialprobe.engine.durable import StoreFull
+from spatialprobe.engine.files.durable import StoreFull
+from spatialprobe.engine.files.spec_folder import ClipFolder
+from spatialprobe.engine.pipeline.queues import Behind, ahead
+from spatialprobe.engine.pipeline.report import Outcomes, Progress, Report, TakenOver
+from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.processes.sharing import Sharing, positions
-from spatialprobe.engine.queues import Behind, ahead
-from spatialprobe.engine.report import Outcomes, Progress, Report, TakenOver
-from spatialprobe.engine.spec_folder import ClipFolder
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.timing import Clock
 from spatialprobe.engine.types import ClipError, ClipRef, first_line
 
 

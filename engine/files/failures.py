@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from spatialprobe.engine.durable import append_line
+from spatialprobe.engine.files.durable import append_line
 from spatialprobe.engine.types import check_clip_id
 
 Record = dict[str, str]  # "id", "stage", "reason"

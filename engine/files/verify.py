@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import torch
 
-from spatialprobe.engine.clipfile import CHUNK, SUFFIX, BadFile, all_files, clip_files, expected_checksum, read_header
-from spatialprobe.engine.durable import dead_runs
-from spatialprobe.engine.failures import read_failures
-from spatialprobe.engine.schema import mismatches, row_mismatches
+from spatialprobe.engine.files.clipfile import (
+    CHUNK,
+    SUFFIX,
+    BadFile,
+    all_files,
+    clip_files,
+    expected_checksum,
+    read_header,
+)
+from spatialprobe.engine.files.durable import dead_runs
+from spatialprobe.engine.files.failures import read_failures
+from spatialprobe.engine.files.schema import mismatches, row_mismatches
 from spatialprobe.engine.types import check_clip_id, tensor_name
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import torch
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
-from spatialprobe.engine import video
-from spatialprobe.engine.sources import image_files
+from spatialprobe.engine.clips import video
+from spatialprobe.engine.clips.sources import image_files
 from spatialprobe.engine.types import Clip, ClipError, ClipRef, FrameSelection, ShortClip
 
 # A window that starts below this is decoded from the first frame on. Above, reading the packets of the whole file in
