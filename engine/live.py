@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.adapter import Adapter
+from spatialprobe.engine.device.compiled import check_thread
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.pipeline.report import Report
@@ -119,8 +120,10 @@ def live(
     """`with live(refs, adapter, spec) as arriving: for clip in arriving: ...`, while a thread extracts.
 
     The features are those that `extract` would store, bit for bit. A clip that cannot be extracted is in
-    `arriving.failed`. Leaving the block, early or by an error, ends the extraction.
+    `arriving.failed`. Leaving the block, early or by an error, ends the extraction. Raises ValueError for CUDA graphs
+    that this torch cannot have in a thread.
     """
+    check_thread(spec.compile)
     arriving = LiveStore(spec, queue_bytes)
     device = torch.device(adapter.device)
     if device.type == "cuda" and device.index is None:  # the current one, which is another in another thread

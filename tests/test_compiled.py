@@ -20,12 +20,13 @@ from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.device import compiled
 from spatialprobe.engine.device.blocks import set_up_blocks
-from spatialprobe.engine.device.compiled import CompileTimes, check_compile, full_batch, new_pass
+from spatialprobe.engine.device.compiled import CompileTimes, check_compile, check_thread, full_batch, new_pass
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.live import live
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.run import job_clips, load, run_job
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.engine.types import Refused
+from spatialprobe.engine.types import FeatureSpec, Refused
 
 TOWERS = "qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 internvl llava_onevision glm4v gemma3".split()  # with tap=vision
 if os.environ.get("EVERY_FAMILY") == "1":
@@ -134,6 +135,20 @@ def test_a_batch_that_is_not_full_has_no_program_of_its_own(clips_path, clip_pat
         assert relative(store.read(clip_id, 2).data, eager.read(clip_id, 2).data) < 2**-11
     assert full_batch(["a", "b"], 4, "blocks") == ["a", "b", "b", "b"]
     assert full_batch(["a", "b"], 4, "none") == ["a", "b"]
+
+
+def test_graphs_are_refused_in_a_thread_that_torch_has_none_for(monkeypatch):
+    """Torch 2.11 looks for them where the first thread put them, and a second `live` would not start."""
+    from torch._inductor import cudagraph_trees
+
+    monkeypatch.setattr(cudagraph_trees, "_initialize_tls", None, raising=False)
+    check_thread("graphs")
+    monkeypatch.delattr(cudagraph_trees, "_initialize_tls")
+    check_thread("blocks")
+    spec = FeatureSpec("clip", "content:0", (0,), compile="graphs")
+    with pytest.raises(ValueError, match=r"compile graphs cannot be had live with torch .*: take compile blocks"):
+        with live([], None, spec):
+            pass
 
 
 class Attention(nn.Module):

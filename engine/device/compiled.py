@@ -32,6 +32,16 @@ def check_compile(mode: str, device: torch.device, offload: str) -> None:
         raise ValueError(f"compile {mode} needs blocks that stay on one device, got offload {offload}")
 
 
+def check_thread(mode: str) -> None:
+    """Raises ValueError for CUDA graphs in a thread of ours, with a torch that keeps them for one thread (2.11)."""
+    if mode != "graphs":
+        return
+    from torch._inductor import cudagraph_trees
+
+    if not hasattr(cudagraph_trees, "_initialize_tls"):  # which newer ones do in each thread that wants graphs
+        raise ValueError(f"compile graphs cannot be had live with torch {torch.__version__}: take compile blocks")
+
+
 def compiled(run: Callable, mode: str) -> Callable:
     """A block's forward, compiled when it first runs and again for each new shape; `run` itself for "none".
 
