@@ -51,8 +51,8 @@ def check_clip_id(clip_id: str) -> str:
     if not clip_id.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in clip_id):
         raise ValueError(f"clip id must be UTF-8, got {clip_id!r}: rename the file, or name the clip in a list file")
     parts = clip_id.split("/")
-    if any(p.endswith(".safetensors") for p in parts):  # a folder of that name would stand where a clip's file goes
-        raise ValueError(f"clip id must have no part that ends in .safetensors, got {clip_id!r}")
+    if any(p.endswith((".safetensors", ".sft")) for p in parts):  # such a folder would stand where a clip's file goes
+        raise ValueError(f"clip id must have no part that ends in .safetensors or .sft, got {clip_id!r}")
     if not clip_id or any(p in ("", ".", "..") or p.startswith(".") for p in parts):
         raise ValueError(f"clip id must be a relative path without empty, '.' or hidden parts, got {clip_id!r}")
     if any(c in clip_id for c in "\\\0\n\r") or any(len(p.encode()) > 200 for p in parts):

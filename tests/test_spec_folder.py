@@ -95,6 +95,8 @@ def test_a_clip_is_there_once_its_file_is_and_has_not_failed_then(tmp_path):
     for use in (folder.path, lambda clip_id: folder.write(clip_id, X, {})):
         with pytest.raises(ValueError, match="clip id"):
             use("../outside")
+        with pytest.raises(ValueError, match=r"no part that ends in .* or \.sft, got 'a\.sft/b'"):
+            use("a.sft/b")  # whose folder would stand where the file of clip a does
 
 
 def test_without_room_nothing_is_half_there_and_it_says_what_was_wanted(tmp_path, monkeypatch):

@@ -68,6 +68,7 @@ def test_good_ids(clip_id):
         "a\nb",
         "x" * 201,
         "a.safetensors/b",
+        "a.sft/b",
         "a\udce9",
     ],
 )
