@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import accumulate, finish
-from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.labels import ScanNetLabels
+from spatialprobe.probes.loading.loader import FeatureLoader
 from spatialprobe.probes.loop import train
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import Result

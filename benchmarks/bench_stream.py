@@ -28,7 +28,7 @@ from spatialprobe.engine.reading.published import PublishedDump
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
-from spatialprobe.probes.data import FeatureLoader
+from spatialprobe.probes.loading.loader import FeatureLoader
 
 SHAPE, POOL = (21, 30, 52, 1536), (15, 26)  # Wan-1.3B's features of a window, and the study's probe grid
 LAYER, STEP, WINDOW = 18, 749, 81

@@ -13,9 +13,10 @@ from PIL import Image
 from random_checkpoint import published, with_tokens, write_hollow_checkpoint
 from torch import Tensor
 
-from spatialprobe.engine.adapter import cached, plan_clip, prompt_file
+from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.device.memory_plan import plan_memory
 from spatialprobe.engine.job import Job, Resolved, parse_size, resolve
+from spatialprobe.engine.parts.prompt_cache import cached, prompt_file
 from spatialprobe.engine.types import COMPUTE_DTYPES
 
 STUDY_QUERY = "0,1:76:4"

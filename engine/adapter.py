@@ -1,18 +1,14 @@
 """What a model family must say about itself; the rest is shared. `engine/adapters/open_sora.py` is a whole one."""
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.files.clipfile import is_whole, write_file
-from spatialprobe.engine.files.durable import RunFolder, make_folder, publish
 from spatialprobe.engine.types import Clip, FeatureSpec, Plan, parse_query
 
 Inputs = dict[str, Tensor]  # what `prepare` makes of one clip, and, stacked on a first dimension B, what `encode` takes
@@ -106,25 +102,3 @@ def plan_clip(frames: int, adapter: Adapter, spec: FeatureSpec) -> tuple[Plan, t
     if spec.pool is not None and (spec.pool[0] > plan.grid[1] or spec.pool[1] > plan.grid[2]):
         raise ValueError(f"pool must be at most the model's {plan.grid[1]}x{plan.grid[2]} tokens, got {spec.pool}")
     return plan, plan.wanted_rows(query)
-
-
-def prompt_file(cache: Path, checkpoint: Checkpoint, *what: object) -> Path:
-    """Where `cached` keeps a prompt's embedding. `what`: the prompt, its padded length, the dtype and the like."""
-    key = "|".join([checkpoint.identity, *map(str, what)])
-    return cache / f"prompt-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-
-
-def cached(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors that take long to compute, from the file `path` if it is there and whole. Safe from kills."""
-    scratch = path.parent / "tmp"
-    if not is_whole(path) or scratch.exists():  # a killed process may have left its scratch folder behind
-        make_folder(path.parent)
-        run = RunFolder(scratch)
-        try:
-            if not is_whole(path):
-                temp = run.file()
-                write_file(temp, compute(), {})
-                publish(temp, path)
-        finally:
-            run.close()
-    return load_file(path)

@@ -18,13 +18,13 @@ from spatialprobe.engine.clips.decode import load_clip
 from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.compiled import CompileTimes, full_batch, new_pass
 from spatialprobe.engine.device.launches import LaunchTimes
+from spatialprobe.engine.device.tap import Taps
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.pipeline.bottleneck import held_back_line
 from spatialprobe.engine.pipeline.feeding import Fed, Feeder, stage
 from spatialprobe.engine.pipeline.latents import FromLatents, LatentFolder
+from spatialprobe.engine.pipeline.outcomes import Outcomes, Progress, Report, TakenOver
 from spatialprobe.engine.pipeline.queues import BatchSize, Behind, Nearby, ahead
-from spatialprobe.engine.pipeline.report import Outcomes, Progress, Report, TakenOver
-from spatialprobe.engine.pipeline.tap import Taps
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.processes.sharing import Alone, Sharing
 from spatialprobe.engine.store import FeatureStore
@@ -133,11 +133,8 @@ def extract(
 # -- loader threads -------------------------------------------------------------------------------------------------
 
 
-def prepare(
-    ref: ClipRef, adapter: Adapter, spec: FeatureSpec, clock: Clock, feeder: Feeder | None = None
-) -> Prepared | Unreadable:
+def prepare(ref: ClipRef, adapter: Adapter, spec: FeatureSpec, clock: Clock, feeder: Feeder) -> Prepared | Unreadable:
     """Decodes a clip and makes the model's input of it. A clip that cannot be read comes back with its error."""
-    feeder = feeder or Feeder(adapter, clock, resize="host")
     fed, about = feeder.from_disk(ref)
     if about is not None:
         try:
@@ -213,7 +210,7 @@ def run_batch(
     taps: Taps,
     host: "HostCopies",
     clock: Clock,
-    feeder: Feeder | None = None,
+    feeder: Feeder,
 ) -> BatchFeatures:
     """Encodes once, then runs the blocks once per noise step, keeping only pooled rows of the wanted layers."""
     plan, device = clips[0].plan, torch.device(adapter.device)
@@ -223,7 +220,6 @@ def run_batch(
     weight = 1.0 / len(spec.steps) if spec.merge_steps else 1.0
     out = BatchFeatures({"batch": len(clips)} | host.gpu, {})
 
-    feeder = feeder or Feeder(adapter, clock, resize="host")
     state = feeder.state([clip.fed for clip in clips], plan, host.copy)
     for step in spec.steps or (None,):
 

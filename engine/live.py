@@ -17,7 +17,7 @@ from spatialprobe.engine.adapter import Adapter
 from spatialprobe.engine.device.compiled import check_thread
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.files.durable import StoreFull
-from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.reading.memory import MemoryClip, each
 from spatialprobe.engine.reading.rows import StoredRows
 from spatialprobe.engine.types import ClipRef, FeatureSpec, tensor_name

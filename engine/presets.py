@@ -1,4 +1,4 @@
-"""Every model and family we know, in two tables. Another size of a known family is one more line.
+"""Every model and family we know, in tables. Another size of a known family is one more line.
 
 `layer` i is the output of block i (transformers calls the same tensor hidden_states[i + 1]). `step` is an index into
 the schedule of 1000 steps, noisiest first: Wan's step 749 is timestep 502. Importing this is quick: no torch.

@@ -18,8 +18,8 @@ from spatialprobe.engine.extract import extract
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
 from spatialprobe.engine.pipeline.latents import LatentFolder, latent_key
+from spatialprobe.engine.pipeline.outcomes import Report, run_file
 from spatialprobe.engine.pipeline.progress import RunLog
-from spatialprobe.engine.pipeline.report import Report, run_file
 from spatialprobe.engine.processes.sharing import Sharing
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
@@ -185,7 +185,7 @@ def memory_of(resolved: Resolved, batch: int, cache: Path) -> MemoryPlan | None:
     return plan_memory(adapter, spec, resolved.depth, batch, window, cache)
 
 
-def run_job(job: Job, *, retry_failed: bool = False) -> tuple[Report, FeatureStore]:
+def run_job(job: Job) -> tuple[Report, FeatureStore]:
     """Extracts what the store lacks of a job's clips."""
-    run = open_run(job, retry_failed=retry_failed)
+    run = open_run(job)
     return run.extract(), run.store

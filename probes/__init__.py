@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spatialprobe.probes.data import FeatureLoader
     from spatialprobe.probes.grouping import HDBSCAN, group, group_scenes, principal_components, temporal_overlap
     from spatialprobe.probes.labels import open_labels
+    from spatialprobe.probes.loading.loader import FeatureLoader
     from spatialprobe.probes.loop import evaluate, train
     from spatialprobe.probes.tasks.geometry import GEOMETRY
     from spatialprobe.probes.tasks.instance import INSTANCE
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spatialprobe.probes.tasks.tagging import TAGGING
 
 _HOME = {
-    "data": ("FeatureLoader",),
+    "loading.loader": ("FeatureLoader",),
     "grouping": ("HDBSCAN", "group", "group_scenes", "principal_components", "temporal_overlap"),
     "labels": ("open_labels",),
     "loop": ("evaluate", "train"),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from spatialprobe.probes.batches import Batch
+from spatialprobe.probes.loading.batches import Batch
 from spatialprobe.probes.training import Trainee, autocast, features_of, project, targets_of, task_loss
 
 

@@ -16,9 +16,10 @@ import torch
 from spatialprobe.engine.files.durable import make_folder
 from spatialprobe.engine.reading.rows import FeatureSource
 from spatialprobe.probes.checkpoint import load_probe, load_run, save_probe, save_run
-from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.evaluation import evaluate_all
 from spatialprobe.probes.labels import Labels
+from spatialprobe.probes.loading.loader import FeatureLoader
+from spatialprobe.probes.loading.shards import source_name
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import Result, split_hash, write_results
 from spatialprobe.probes.setup import (
@@ -32,7 +33,6 @@ from spatialprobe.probes.setup import (
     sampling_of,
     split,
 )
-from spatialprobe.probes.shards import source_name
 from spatialprobe.probes.task import ProbeTask
 from spatialprobe.probes.tasks import TASKS
 from spatialprobe.probes.training import Diverged, Trainee, of_all_processes, processes, train_step

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from spatialprobe.engine.reading.rows import FeatureSource
-from spatialprobe.probes.batches import Batch
 from spatialprobe.probes.checkpoint import load_probe
-from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.figures import bar_figure, curve_figure, depth_figure, instance_figure, layer_step_figure
 from spatialprobe.probes.labels import Labels
+from spatialprobe.probes.loading.batches import Batch
+from spatialprobe.probes.loading.loader import FeatureLoader
 from spatialprobe.probes.pointcloud import write_ply
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import Result, varied

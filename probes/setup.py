@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.reading.rows import FeatureSource
-from spatialprobe.probes.batches import FeatureKey
 from spatialprobe.probes.labels import Labels
-from spatialprobe.probes.sampling import FrameSampling, shuffled
-from spatialprobe.probes.shards import source_name
+from spatialprobe.probes.loading.batches import FeatureKey
+from spatialprobe.probes.loading.sampling import FrameSampling, shuffled
+from spatialprobe.probes.loading.shards import source_name
 from spatialprobe.probes.task import SHARED, ProbeConfig, ProbeTask
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spatialprobe.probes.batches import Batch, FeatureKey
 from spatialprobe.probes.fusion import Fuse, Stored, fuse
+from spatialprobe.probes.loading.batches import Batch, FeatureKey
 from spatialprobe.probes.probe import Probe, project
 from spatialprobe.probes.task import ProbeConfig
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spatialprobe.probes.batches import Batch, FeatureKey
-from spatialprobe.probes.data import FeatureLoader, Sources
 from spatialprobe.probes.fusion import Fuse, fuse
 from spatialprobe.probes.labels import Labels, presence_rates
+from spatialprobe.probes.loading.batches import Batch, FeatureKey
+from spatialprobe.probes.loading.loader import FeatureLoader, Sources
 from spatialprobe.probes.metrics.tagging import tagging_scores
 
 Pool = Literal["mean", "max"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spatialprobe.engine.adapter import Adapter
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.pipeline.tap import Taps
+from spatialprobe.engine.device.tap import Taps
 from spatialprobe.engine.types import Clip, Plan
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
 from spatialprobe.probes.labels import ScanNetLabels
-from spatialprobe.probes.sampling import generator
+from spatialprobe.probes.loading.sampling import generator
 
 FRAMES, K, GRID, CHANNELS = 9, 6, (4, 5), 24
 SAMPLING = {"views": 2, "gap": 4, "context": FRAMES, "query": "0,1::4"}  # 0, 1, 5 of 9 frames

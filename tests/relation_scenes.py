@@ -15,7 +15,7 @@ from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
 from spatialprobe.probes.labels import Labels, LiftedLabels
 from spatialprobe.probes.labels.relations import NAMES, relation_rows
-from spatialprobe.probes.sampling import generator
+from spatialprobe.probes.loading.sampling import generator
 
 Room = tuple[ObjectTable, np.ndarray]  # its objects, and masks uint16 [V, H, W]
 

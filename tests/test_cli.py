@@ -9,15 +9,15 @@ import sys
 
 import pytest
 import torch
+from tiny.cosmos import build_cosmos
+from tiny.encoders import build_encoder
+from tiny.hunyuan_video import build_hunyuan_video
+from tiny.ltx import build_ltx
+from tiny.mochi import build_mochi
+from tiny.open_sora import build_open_sora
 
 from spatialprobe.engine.cli import main, parser
 from spatialprobe.engine.commands.flags import read_job
-from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
-from spatialprobe.engine.demo.tiny.encoders import build_encoder
-from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
-from spatialprobe.engine.demo.tiny.ltx import build_ltx
-from spatialprobe.engine.demo.tiny.mochi import build_mochi
-from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 from spatialprobe.engine.dryrun import waiting_bytes
 from spatialprobe.engine.job import Job, resolve, select_shard
@@ -321,7 +321,7 @@ def test_a_full_disk_and_a_bug_have_exit_codes_of_their_own(words, monkeypatch, 
 
 def test_an_interrupted_run_exits_130_and_says_so(words, monkeypatch, capsys):
     from spatialprobe.engine import run
-    from spatialprobe.engine.pipeline.report import Report
+    from spatialprobe.engine.pipeline.outcomes import Report
 
     monkeypatch.setattr(run, "extract", lambda *a, **k: Report(5, 0, written=2, interrupted=True))
     assert main(words) == 130

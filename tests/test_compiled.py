@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import features, make_clip
+from tiny.encoders import build_encoder
 from tiny_models import MODELS
 from torch import nn
 
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.device import compiled
 from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.compiled import CompileTimes, check_compile, check_thread, full_batch, new_pass

@@ -11,9 +11,9 @@ from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.cosmos import pipeline_cosmos2_video2world
 from PIL import Image
 from pipeline_step import only_step, sampled_until
+from tiny.cosmos import build_cosmos
 
 from spatialprobe.engine.adapters.cosmos import Cosmos
-from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
 from spatialprobe.engine.presets import FAMILIES
 
 SIZE = (64, 96)

@@ -19,10 +19,10 @@ from spatialprobe.engine.reading import ranges
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
-from spatialprobe.probes.batches import Batch, FeatureKey
-from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.labels import ScanNetLabels
-from spatialprobe.probes.sampling import FrameSampling, generator
+from spatialprobe.probes.loading.batches import Batch, FeatureKey
+from spatialprobe.probes.loading.loader import FeatureLoader
+from spatialprobe.probes.loading.sampling import FrameSampling, generator
 
 FRAMES, VIEWS, K = 13, 3, 4
 NEAR = FrameSampling(context=FRAMES, gap=4, query="0,1::4")  # 0, 1, 5, 9

@@ -17,7 +17,7 @@ import torch
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.files.failures import read_failures
 from spatialprobe.engine.pipeline.each_clip import Lost, each_clip
-from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec

@@ -10,10 +10,10 @@ import transformers
 from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, hooked, make_adapter, make_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny.encoders import ENCODERS, build_encoder
 from torch.nn.functional import interpolate
 
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.demo.tiny.encoders import ENCODERS, build_encoder
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.image_encoder import shuffle
 from spatialprobe.engine.parts.image_processor import ImageProcessor, normalise

@@ -9,6 +9,7 @@ import torch
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.pipeline.feeding import Feeder
 from spatialprobe.engine.run import job_clips, run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.kernels.pool_features import accumulate
@@ -58,7 +59,9 @@ def test_stored_values_are_the_models(clips_path, wan_path, tmp_path):
     resolved.adapter.load(4, torch.device("cpu"), torch.float32, tmp_path)
     (ref,) = [r for r in job_clips(asked) if r.id == "clip1"]
     clock = pipeline.Clock(torch.device("cpu"))
-    prepared = pipeline.prepare(ref, resolved.adapter, resolved.spec, clock)
+    prepared = pipeline.prepare(
+        ref, resolved.adapter, resolved.spec, clock, Feeder(resolved.adapter, clock, resize="host")
+    )
     got = {}
     hook = resolved.adapter.blocks[2].register_forward_hook(lambda m, a, out: got.update(x=out))
     with torch.inference_mode():

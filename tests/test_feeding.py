@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny.encoders import build_encoder
 
 from spatialprobe.engine.clips import images
 from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
-from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.pipeline.feeding import Feeder, stage
 from spatialprobe.engine.pipeline.timing import Clock

@@ -9,11 +9,11 @@ import torch
 from families import CPU, aligned, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny.gemma3 import build_gemma3
 from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from spatialprobe.engine.adapters.gemma3 import Gemma3
-from spatialprobe.engine.demo.tiny.gemma3 import build_gemma3
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import parse_query

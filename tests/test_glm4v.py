@@ -7,12 +7,12 @@ import pytest
 import torch
 from families import CPU, bytes_by_depth, make_adapter
 from PIL import Image
+from tiny.glm4v import build_glm4v
 from transformers import Glm4vForConditionalGeneration
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from vlm_reference import assert_both_taps_equal_the_whole_model, assert_marked_patch_is_at_its_cell
 
 from spatialprobe.engine.adapters.glm4v import Glm4v
-from spatialprobe.engine.demo.tiny.glm4v import build_glm4v
 from spatialprobe.engine.types import parse_query
 
 SIZE = (84, 140)  # 3 x 5 cells

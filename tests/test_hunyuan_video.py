@@ -10,9 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, hooked, make_adapter, make_clip
 from families import make_noise as noise_of
 from PIL import Image
+from tiny.hunyuan_video import build_hunyuan_video
 
 from spatialprobe.engine.adapters.hunyuan_video import HunyuanVideo
-from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
 from spatialprobe.engine.device import placement
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.run import run_job

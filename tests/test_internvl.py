@@ -9,12 +9,12 @@ import torch
 from families import CPU, aligned, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
 from PIL import Image
 from safetensors.torch import load_file
+from tiny.internvl import build_internvl
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from spatialprobe.engine.adapters.internvl import InternVL
 from spatialprobe.engine.checkpoint import Checkpoint
-from spatialprobe.engine.demo.tiny.internvl import build_internvl
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import parse_query

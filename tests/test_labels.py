@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from study_layouts import tag_pixel_counts, unproject, write_dl3dv, write_scannet
 
 from spatialprobe.engine.demo.render import render_clip
-from spatialprobe.engine.demo.scene_files import tag_pixel_counts, unproject, write_demo, write_dl3dv, write_scannet
+from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, make_scene, resized
 from spatialprobe.probes.labels import (
     DemoLabels,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny.ltx import build_ltx
 
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.demo.tiny.cogvideox import build_aether, build_cogvideox
-from spatialprobe.engine.demo.tiny.ltx import build_ltx
 from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.pipeline.latents import LatentFolder, source_identity, weights_hash

@@ -18,8 +18,8 @@ from lifting_scenes import (
     worst_pixels,
 )
 from object_tables import lifted_from_world, table_of_scene
+from study_layouts import unproject
 
-from spatialprobe.engine.demo.scene_files import unproject
 from spatialprobe.engine.lifting.agreement import check_agreement
 from spatialprobe.engine.lifting.boxes import convex_hull, smallest_rectangle, yaw_of
 from spatialprobe.engine.lifting.frame import frame_matrix, lifted_frame

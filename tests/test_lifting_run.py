@@ -12,9 +12,10 @@ import pytest
 import torch
 from lifting_scenes import UP, views_of
 from safetensors.torch import load_file, save_file
+from study_layouts import write_dl3dv, write_scannet
 
 from spatialprobe.engine.cli import main
-from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv, write_scannet
+from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene, resized
 from spatialprobe.engine.files.clipfile import is_whole, read_header, write_file
 from spatialprobe.engine.files.durable import StoreFull

@@ -17,9 +17,9 @@ from spatialprobe.engine.reading.rows import StoredRows
 from spatialprobe.engine.run import job_clips, run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, FeatureSpec, FrameSelection, Plan
-from spatialprobe.probes.batches import FeatureKey
-from spatialprobe.probes.live import LiveLoader
-from spatialprobe.probes.sampling import FrameSampling, generator
+from spatialprobe.probes.loading.batches import FeatureKey
+from spatialprobe.probes.loading.live import LiveLoader
+from spatialprobe.probes.loading.sampling import FrameSampling, generator
 
 FRAMES = 9
 NEAR = FrameSampling(context=FRAMES, gap=2, query=":")

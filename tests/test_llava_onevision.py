@@ -8,11 +8,11 @@ import torch
 from families import CPU, aligned, bytes_by_depth, features, hooked, make_adapter, make_clip, shown
 from PIL import Image
 from safetensors.torch import load_file
+from tiny.llava_onevision import build_llava_onevision
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from spatialprobe.engine.adapters.llava_onevision import LlavaOneVision
-from spatialprobe.engine.demo.tiny.llava_onevision import build_llava_onevision
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import parse_query

@@ -8,9 +8,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from PIL import Image
 from pipeline_step import only_step, sampled_until
+from tiny.ltx import build_ltx
 
 from spatialprobe.engine.adapters.ltx import LTX
-from spatialprobe.engine.demo.tiny.ltx import build_ltx
 from spatialprobe.engine.presets import FAMILIES, PRESETS
 
 SIZE = (64, 96)

@@ -8,32 +8,32 @@ import pytest
 import torch
 from allocated import Allocated
 from safetensors.torch import load_file
+from tiny.cosmos import build_cosmos
+from tiny.encoders import build_encoder
+from tiny.gemma3 import build_gemma3
+from tiny.glm4v import build_glm4v
+from tiny.hunyuan_video import build_hunyuan_video
+from tiny.internvl import build_internvl
+from tiny.llava_onevision import build_llava_onevision
+from tiny.ltx import build_ltx
+from tiny.mochi import build_mochi
+from tiny.open_sora import build_open_sora
+from tiny.qwen2_5_vl import build_qwen2_5_vl
+from tiny.qwen3_5 import build_qwen3_5
+from tiny.qwen3_vl_moe import build_qwen3_vl_moe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.demo.tiny.cogvideox import build_aether, build_cogvideox
-from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
-from spatialprobe.engine.demo.tiny.encoders import build_encoder
-from spatialprobe.engine.demo.tiny.gemma3 import build_gemma3
-from spatialprobe.engine.demo.tiny.glm4v import build_glm4v
-from spatialprobe.engine.demo.tiny.hunyuan_video import build_hunyuan_video
-from spatialprobe.engine.demo.tiny.internvl import build_internvl
-from spatialprobe.engine.demo.tiny.llava_onevision import build_llava_onevision
-from spatialprobe.engine.demo.tiny.ltx import build_ltx
-from spatialprobe.engine.demo.tiny.mochi import build_mochi
-from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
-from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
-from spatialprobe.engine.demo.tiny.qwen3_5 import build_qwen3_5
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
-from spatialprobe.engine.demo.tiny.qwen3_vl_moe import build_qwen3_vl_moe
 from spatialprobe.engine.demo.tiny.wan import build_wan_experts, build_wan_i2v, build_wan_t2v, build_wan_ti2v
 from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.live_bytes import META, LiveBytes
 from spatialprobe.engine.device.memory_plan import MemoryPlan, modules_of, plan_memory, run_once, shapes_of
+from spatialprobe.engine.device.tap import Taps
 from spatialprobe.engine.job import Job, resolve
 from spatialprobe.engine.parts.text_encoder import encoder_bytes
-from spatialprobe.engine.pipeline.tap import Taps
 from spatialprobe.engine.types import COMPUTE_DTYPES
 
 BUILD = {

@@ -12,9 +12,9 @@ from diffusers.models.attention_processor import MochiAttnProcessor2_0
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from PIL import Image
 from pipeline_step import only_step, sampled_until
+from tiny.mochi import build_mochi
 
 from spatialprobe.engine.adapters.mochi import Mochi
-from spatialprobe.engine.demo.tiny.mochi import build_mochi
 from spatialprobe.engine.presets import FAMILIES
 
 SIZE = (32, 64)

@@ -11,10 +11,10 @@ from families import make_noise as noise_of
 from open_sora_reference import flux, slow
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny.open_sora import build_open_sora
 from transformers import AutoTokenizer, CLIPTextModel, T5Config, T5EncoderModel
 
 from spatialprobe.engine.adapters.open_sora import OpenSora
-from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.device import placement
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack

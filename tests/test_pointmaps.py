@@ -7,12 +7,13 @@ from fractions import Fraction
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from study_layouts import unproject, write_dl3dv, write_scannet
 from torch import Tensor
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo.probes import write_noise
 from spatialprobe.engine.demo.render import render_clip
-from spatialprobe.engine.demo.scene_files import unproject, write_demo, write_dl3dv, write_scannet
+from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.pointmaps.encode import channel_names, encode_points, token_shares

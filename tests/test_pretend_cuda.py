@@ -13,10 +13,10 @@ from tiny_models import MODELS
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.device import placement
 from spatialprobe.engine.device.placement import place
+from spatialprobe.engine.device.tap import Taps
 from spatialprobe.engine.extract import batch_noise
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.feeding import Fed, Feeder
-from spatialprobe.engine.pipeline.tap import Taps
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.presets import adapter_class, detect_family
 from spatialprobe.engine.run import run_job

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from probe_data import FRAMES, K, write_labels, write_store
+from study_layouts import write_dl3dv, write_scannet
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.commands.probe import TASK_NAMES
-from spatialprobe.engine.demo.scene_files import write_dl3dv, write_scannet
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from probe_data import CHANNELS, FRAMES, SAMPLING, K, write_labels, write_store
+from study_layouts import unproject
 
-from spatialprobe.engine.demo.scene_files import save_tensors, unproject
+from spatialprobe.engine.demo.scene_files import save_tensors
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection, tensor_name
 from spatialprobe.kernels.pool_features import finish
 from spatialprobe.probes.labels import DL3DVLabels, Labels, ScanNetLabels
+from spatialprobe.probes.loading.sampling import generator
 from spatialprobe.probes.loop import evaluate, train
 from spatialprobe.probes.results import Result, read_results
-from spatialprobe.probes.sampling import generator
 from spatialprobe.probes.tasks.geometry import GEOMETRY, GeometryFacts, geometry_targets
 from spatialprobe.probes.tasks.instance import INSTANCE
 from spatialprobe.probes.tasks.tagging import TAGGING

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from families import CPU, bytes_by_depth, features, make_adapter, make_clip, shown
+from tiny.qwen2_5_vl import build_qwen2_5_vl
 from transformers import Qwen2_5_VLForConditionalGeneration
 from vlm_reference import (
     QUERY,
@@ -14,7 +15,6 @@ from vlm_reference import (
 )
 
 from spatialprobe.engine.adapters.qwen2_5_vl import Qwen25VL
-from spatialprobe.engine.demo.tiny.qwen2_5_vl import build_qwen2_5_vl
 from spatialprobe.engine.parts.image_grid import patch_places
 from spatialprobe.engine.types import parse_query
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import CPU, bytes_by_depth, features, make_adapter, make_clip
 from safetensors import safe_open
+from tiny.qwen3_5 import build_qwen3_5
 from transformers import Qwen3_5ForConditionalGeneration
 from vlm_reference import (
     assert_both_taps_equal_the_whole_model,
@@ -14,7 +15,6 @@ from vlm_reference import (
 )
 
 from spatialprobe.engine.adapters.qwen3_5 import Qwen35
-from spatialprobe.engine.demo.tiny.qwen3_5 import build_qwen3_5
 
 SIZE = (96, 160)  # 3 x 5 cells
 

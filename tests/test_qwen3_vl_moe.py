@@ -8,6 +8,7 @@ import torch
 from families import CPU, bytes_by_depth, features, make_adapter, make_clip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny.qwen3_vl_moe import build_qwen3_vl_moe
 from transformers import Qwen3VLMoeForConditionalGeneration
 from vlm_reference import (
     QUERY,
@@ -17,7 +18,6 @@ from vlm_reference import (
 
 from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
 from spatialprobe.engine.adapters.qwen3_vl_moe import Qwen3VLMoe
-from spatialprobe.engine.demo.tiny.qwen3_vl_moe import build_qwen3_vl_moe
 
 SIZE = (96, 160)  # 3 x 5 cells
 

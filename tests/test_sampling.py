@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from spatialprobe.probes.sampling import STUDY, FrameSampling, generator, shuffled
+from spatialprobe.probes.loading.sampling import STUDY, FrameSampling, generator, shuffled
 
 
 def published_rule(views, gap, context, divisor, rng):

@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from study_layouts import write_dl3dv, write_scannet
 
 from spatialprobe.engine.demo.furnish import SceneObject, fits
 from spatialprobe.engine.demo.furniture import KINDS, ROOMS, Part
 from spatialprobe.engine.demo.patterns import PATTERNS, Finish
 from spatialprobe.engine.demo.render import render, render_clip
-from spatialprobe.engine.demo.scene_files import (
-    write_demo,
-    write_dl3dv,
-    write_image_folder,
-    write_scannet,
-    write_video,
-)
+from spatialprobe.engine.demo.scene_files import write_demo, write_image_folder, write_video
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, NO_TAG, make_scene, resized
 
 SEEDS = [5, 6, 7, 8, 9]  # one of each kind of room

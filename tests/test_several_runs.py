@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from test_pointmaps import store_like
+from tiny.teachers import build_teacher
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
-from spatialprobe.engine.demo.tiny.teachers import build_teacher
 from spatialprobe.probes.labels import open_labels
 
 CLIPS, FRAMES, SIZE = 10, 5, (48, 64)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import CPU, aligned, assert_batch_agrees, bytes_by_depth, features, hooked, make_adapter, make_clip
 from PIL import Image
+from tiny.encoders import build_encoder
 from transformers import Siglip2Model
 from transformers.models.siglip2.image_processing_pil_siglip2 import (
     Siglip2ImageProcessorPil,
@@ -11,7 +12,6 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 )
 
 from spatialprobe.engine.adapters.siglip2 import SigLIP2, fit_patches
-from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.image_encoder import shuffle
 from spatialprobe.engine.run import run_job

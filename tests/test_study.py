@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from study_layouts import write_scannet
+from tiny.encoders import build_encoder
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.commands import study as study_command
-from spatialprobe.engine.demo.scene_files import write_demo, write_scannet
+from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
-from spatialprobe.engine.demo.tiny.encoders import build_encoder
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore

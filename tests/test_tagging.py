@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score, f1_score
+from study_layouts import write_scannet
 from torch import nn
 
-from spatialprobe.engine.demo.scene_files import write_scannet
 from spatialprobe.engine.demo.scenes import CLASS_NAMES_20, make_scene
 from spatialprobe.probes.backbone import SPECIAL, Backbone, Tokens
 from spatialprobe.probes.heads.tag_decoder import TagDecoder

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spatialprobe.engine.pipeline.tap import Taps
+from spatialprobe.engine.device.tap import Taps
 
 
 class Scaled(nn.Module):

@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from study_layouts import write_dl3dv, write_scannet
+from tiny.encoders import build_encoder
+from tiny.teachers import PROCESSORS, build_teacher
 from transformers import AutoModelForDepthEstimation
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.zoedepth.image_processing_pil_zoedepth import ZoeDepthImageProcessorPil
 
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.clips.cameras import check_centre, unproject
-from spatialprobe.engine.demo.scene_files import write_demo, write_dl3dv, write_scannet
+from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
-from spatialprobe.engine.demo.tiny.encoders import build_encoder
-from spatialprobe.engine.demo.tiny.teachers import PROCESSORS, build_teacher
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.timing import DEVICE_STAGES
 from spatialprobe.engine.run import run_job
@@ -27,7 +28,7 @@ from spatialprobe.engine.targets.run import map_size, run_targets
 from spatialprobe.engine.targets.teachers import Maps, open_teacher
 from spatialprobe.probes import FeatureLoader
 from spatialprobe.probes.labels import open_labels
-from spatialprobe.probes.sampling import FrameSampling
+from spatialprobe.probes.loading.sampling import FrameSampling
 
 CPU = torch.device("cpu")
 SOURCE, SIZE = (48, 64), (42, 56)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny.open_sora import build_open_sora
 
 from spatialprobe.engine.clips.sources import list_clips
-from spatialprobe.engine.demo.tiny.open_sora import build_open_sora
 from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.memory_plan import plan_memory
 from spatialprobe.engine.extract import extract

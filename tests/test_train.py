@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from probe_data import CHANNELS, SAMPLING, K, write_labels, write_store
 
 from spatialprobe.engine.store import FeatureStore
-from spatialprobe.probes.batches import Batch, FeatureKey
 from spatialprobe.probes.checkpoint import load, load_probe
-from spatialprobe.probes.data import FeatureLoader
 from spatialprobe.probes.fusion import Stored, fuse
 from spatialprobe.probes.labels import ScanNetLabels
+from spatialprobe.probes.loading.batches import Batch, FeatureKey
+from spatialprobe.probes.loading.loader import FeatureLoader
 from spatialprobe.probes.loop import evaluate, train
 from spatialprobe.probes.probe import Probe
 from spatialprobe.probes.results import read_results, table

@@ -15,8 +15,8 @@ from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection
 from spatialprobe.kernels.pool_features import finish
 from spatialprobe.probes.labels import DemoLabels, presence_rates
+from spatialprobe.probes.loading.sampling import FrameSampling, generator
 from spatialprobe.probes.metrics.tagging import tagging_scores
-from spatialprobe.probes.sampling import FrameSampling, generator
 from spatialprobe.probes.training_free import (
     MatchingRecall,
     Seen,

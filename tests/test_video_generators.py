@@ -12,11 +12,11 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from tiny.cosmos import build_cosmos
+from tiny.ltx import build_ltx
+from tiny.mochi import build_mochi
 
 from spatialprobe.engine.adapter import Adapter
-from spatialprobe.engine.demo.tiny.cosmos import build_cosmos
-from spatialprobe.engine.demo.tiny.ltx import build_ltx
-from spatialprobe.engine.demo.tiny.mochi import build_mochi
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.presets import FAMILIES, adapter_class
 from spatialprobe.engine.run import run_job

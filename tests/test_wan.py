@@ -10,8 +10,8 @@ from PIL import Image
 
 from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.checkpoint import Checkpoint
+from spatialprobe.engine.device.tap import Taps
 from spatialprobe.engine.extract import batch_noise
-from spatialprobe.engine.pipeline.tap import Taps
 from spatialprobe.engine.types import Clip
 
 SIZE = (64, 96)

@@ -13,12 +13,13 @@ from spatialprobe.engine.adapter import Adapter
 from spatialprobe.engine.checkpoint import Checkpoint
 from spatialprobe.engine.presets import adapter_class, detect_family
 
-TINY = "spatialprobe.engine.demo.tiny"
+DEMO = "spatialprobe.engine.demo.tiny"  # of two families, and what benchmarks use; the others are in tests/tiny
+OF_DEMO = ("wan", "cogvideox", "qwen3_vl")
 
 
 @dataclass(frozen=True)
 class Tiny:
-    builder: str  # "module:function" of TINY
+    builder: str  # "module:function"
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     frames: int = 9
@@ -29,7 +30,7 @@ class Tiny:
 
     def build(self, root: Path) -> Path:
         module, name = self.builder.split(":")
-        function: Callable = getattr(import_module(f"{TINY}.{module}"), name)
+        function: Callable = getattr(import_module(f"{DEMO if module in OF_DEMO else 'tiny'}.{module}"), name)
         return function(root, *self.arguments)
 
     def load(self, root: Path, dtype: torch.dtype = torch.float32) -> Adapter:

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, content_hash, empty_module, load_weights, one_line
 from spatialprobe.engine.clips.images import resize, signed
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
 from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes, pack
+from spatialprobe.engine.parts.prompt_cache import cached, prompt_file
 from spatialprobe.engine.parts.text_encoder import T5, encoder_bytes
 from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.pipeline.latents import FromLatents

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spatialprobe.engine.pipeline.report import Report
+    from spatialprobe.engine.pipeline.outcomes import Report
 
 
 def print_report(report: "Report", root: Path, words: list[str]) -> int:

@@ -39,11 +39,22 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def info(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.pipeline.progress import store_lines
     from spatialprobe.engine.store import FeatureStore
 
-    for line in store_lines(FeatureStore.open(args.store)):
-        print(line)
+    store = FeatureStore.open(args.store)
+    found = store.info()
+    print(
+        f"{store.root}: {found.clips} clips, {found.bytes / 1e9:.3f} GB, {found.failed} failed, {found.padded} padded"
+    )
+    if found.damaged:
+        print(f"{found.damaged} files have unreadable headers: run `engine verify {store.root}`")
+    for name, value in store.about.items():
+        print(f"{name}: {value}")
+    for name, shapes in found.shapes.items():
+        for shape, clips in shapes.items():
+            print(f"{name}: {list(shape)} {store.spec.dtype} in {clips} clips")
+    print(f"spec {store.spec_hash}:")
+    print(store.spec.to_json())
     return 0
 
 

@@ -16,7 +16,7 @@ from spatialprobe.engine.clips.decode import load_clip
 from spatialprobe.engine.demo.questions import PER_CLIP, question_section
 from spatialprobe.engine.files.durable import write_whole
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.run import job_clips
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FrameSelection

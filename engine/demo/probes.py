@@ -18,10 +18,10 @@ from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import STORE_DTYPES, tensor_name
 from spatialprobe.kernels.pool_features import finish
 from spatialprobe.probes import open_labels, train
+from spatialprobe.probes.loading.sampling import generator
 from spatialprobe.probes.pictures import draw_run
 from spatialprobe.probes.report.axes import criterion
 from spatialprobe.probes.results import Result
-from spatialprobe.probes.sampling import generator
 from spatialprobe.probes.tasks import TASKS
 
 VAL = 0.34  # of the clips

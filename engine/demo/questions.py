@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from spatialprobe.engine.lifting.run import LiftJob, run_lift
-from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.questions.forms import FORMS
 from spatialprobe.engine.questions.run import AskJob, run_ask
 from spatialprobe.engine.questions.settings import Settings

@@ -16,7 +16,7 @@ from spatialprobe.engine.device.attention import with_attention
 from spatialprobe.engine.device.blocks import each_block
 from spatialprobe.engine.device.live_bytes import META, LiveBytes
 from spatialprobe.engine.device.precision import quantise_linears
-from spatialprobe.engine.pipeline.tap import Taps
+from spatialprobe.engine.device.tap import Taps
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, Clip, FeatureSpec, Plan
 from spatialprobe.kernels.pool_features import QUANTISED_MAX, accumulate, pool_features
 

@@ -123,7 +123,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file of which nobody sees a part, in the place of one that is there. For a folder that is no store."""
+    """Writes or replaces a file at once, so that nobody sees a part of it. For files outside stores."""
     make_folder(path.parent)
     run = RunFolder(path.parent / ".tmp")
     temp = run.file()

@@ -1,4 +1,4 @@
-"""`failed.jsonl`: one line per clip that could not be extracted, added to by any number of threads and processes."""
+"""`failed.jsonl`: one line per clip that a run could not do, added to by any number of threads and processes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a clip's file must hold under a spec: asked before a file is written and again when one is verified."""
+"""What a clip's file must hold under a spec, asked before it is written and when it is verified; how specs differ."""
 
 import json
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ from spatialprobe.engine.files.clipfile import all_files, write_file
 from spatialprobe.engine.files.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
 from spatialprobe.engine.files.failures import append_failure, read_failures
 from spatialprobe.engine.files.schema import differences
-from spatialprobe.engine.pipeline.report import run_file
+from spatialprobe.engine.pipeline.outcomes import run_file
 from spatialprobe.engine.types import check_clip_id
 
 SUFFIX = ".sft"
@@ -75,7 +75,7 @@ class SpecFolder(Generic[S]):
 
 
 class ClipFolder(SpecFolder[S]):
-    """One `<clip id>.sft` per clip: what `engine.report` and `each_clip` need of a place to write to."""
+    """One `<clip id>.sft` per clip: what `pipeline.outcomes` and `each_clip` need of a place to write to."""
 
     @classmethod
     def failed(cls, root: Path) -> set[str]:

@@ -17,8 +17,8 @@ from spatialprobe.engine.lifting.folder import POINT_DTYPES, LiftFolder, LiftSpe
 from spatialprobe.engine.lifting.lift import Lifted, lift
 from spatialprobe.engine.lifting.reading import Arrays, Source, Sources, read_arrays
 from spatialprobe.engine.pipeline.each_clip import Lost, each_clip
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.pipeline.progress import RunLog
-from spatialprobe.engine.pipeline.report import Report
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.types import ClipError, ClipRef, parse_query
 

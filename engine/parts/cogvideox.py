@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spatialprobe.engine.adapter import Adapter, Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Adapter, Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, empty_module, load_weights
 from spatialprobe.engine.clips.images import resize, signed
 from spatialprobe.engine.configs import check_fields
 from spatialprobe.engine.parts.interleave import HALVES, half_frames, halves_for, interleaved_rows, longest
+from spatialprobe.engine.parts.prompt_cache import cached, prompt_file
 from spatialprobe.engine.parts.text_encoder import T5, encoder_bytes, load_text_encoder
 from spatialprobe.engine.parts.vae import CHANNELS_LAST, set_up_vae
 from spatialprobe.engine.types import Clip, Plan

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spatialprobe.engine.adapter import Inputs, cached, prompt_file
+from spatialprobe.engine.adapter import Inputs
 from spatialprobe.engine.checkpoint import Checkpoint, load_weights
 from spatialprobe.engine.clips.images import resize
 from spatialprobe.engine.parts.frame_groups import group_rows, whole_groups
+from spatialprobe.engine.parts.prompt_cache import cached, prompt_file
 from spatialprobe.engine.parts.text_encoder import T5, encoder_bytes
 from spatialprobe.engine.parts.vae import set_up_vae
 from spatialprobe.engine.pipeline.latents import FromLatents, Latents

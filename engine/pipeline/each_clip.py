@@ -10,8 +10,8 @@ import torch
 
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.files.spec_folder import ClipFolder
+from spatialprobe.engine.pipeline.outcomes import Outcomes, Progress, Report, TakenOver
 from spatialprobe.engine.pipeline.queues import Behind, ahead
-from spatialprobe.engine.pipeline.report import Outcomes, Progress, Report, TakenOver
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.processes.sharing import Sharing, positions
 from spatialprobe.engine.store import FeatureStore

@@ -40,7 +40,7 @@ class FromLatents(Adapter):
         raise NotImplementedError
 
     def latent_facts(self) -> dict[str, Any]:
-        """What latents depend on beside encoders and options, as JSON has it: what the blocks are given of them."""
+        """What else latents depend on, as JSON values: for example which of them the blocks are given."""
         return {}
 
     def encode(self, inputs: Inputs, plan: Plan) -> Any:
@@ -62,7 +62,7 @@ def check_latents(family: str, adapter: Adapter | type[Adapter]) -> None:
 
 @dataclass
 class KeptLatents:
-    """One clip's latents from disk, and what its decoded clip would have said."""
+    """One clip's latents from disk, and the facts that decoding it would have given."""
 
     tensors: Latents  # [...], without B
     about: dict[str, Any]  # index, padded, source_size, window
@@ -84,12 +84,6 @@ class LatentFolder:
             with room_for(self.folder / "key.json", len(text)):
                 write_text(temp, text)
                 publish_first(temp, self.folder / "key.json")
-
-    @classmethod
-    def open(cls, root: str | Path, adapter: Adapter, spec: FeatureSpec) -> "LatentFolder":
-        """For a loaded adapter. Raises ValueError for a family that keeps no latents."""
-        check_latents(spec.family, adapter)
-        return cls(root, latent_key(adapter, spec))
 
     def path(self, ref: ClipRef, source: str) -> Path:
         return self.folder / f"{ref.id}.{source}{SUFFIX}"

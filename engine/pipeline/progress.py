@@ -3,14 +3,12 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from spatialprobe.engine.files.durable import room_for
-from spatialprobe.engine.pipeline.report import Progress, Report
-from spatialprobe.engine.store import FeatureStore
+from spatialprobe.engine.pipeline.outcomes import Progress, Report
 
 
 def bar(total: int | None, unit: str, *, shown: bool = True) -> tqdm:
@@ -81,18 +79,3 @@ def summary(report: Report, root: Path) -> str:
             gb = f"{stage['gb_per_s']:8.2f} GB/s" if "gb_per_s" in stage else ""
             lines.append(f"  {name:<17}{stage['seconds']:9.2f} s{gb}")
     return "\n".join(lines)
-
-
-def store_lines(store: FeatureStore) -> Iterator[str]:
-    """What `engine info` prints."""
-    info = store.info()
-    yield f"{store.root}: {info.clips} clips, {info.bytes / 1e9:.3f} GB, {info.failed} failed, {info.padded} padded"
-    if info.damaged:
-        yield f"{info.damaged} files have unreadable headers: run `engine verify {store.root}`"
-    for name, value in store.about.items():
-        yield f"{name}: {value}"
-    for name, shapes in info.shapes.items():
-        for shape, clips in shapes.items():
-            yield f"{name}: {list(shape)} {store.spec.dtype} in {clips} clips"
-    yield f"spec {store.spec_hash}:"
-    yield store.spec.to_json()

@@ -15,8 +15,8 @@ from spatialprobe.engine.clips.decode import describe_cut, window_cut
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import select_shard
 from spatialprobe.engine.pipeline.each_clip import each_clip
+from spatialprobe.engine.pipeline.outcomes import Report, run_file
 from spatialprobe.engine.pipeline.progress import RunLog
-from spatialprobe.engine.pipeline.report import Report, run_file
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.pointmaps.clip import make_clip, write
 from spatialprobe.engine.pointmaps.encode import channel_names

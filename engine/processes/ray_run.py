@@ -22,7 +22,7 @@ from spatialprobe.engine.device.tiling import OPTION, chosen
 from spatialprobe.engine.files.durable import RunFolder
 from spatialprobe.engine.files.schema import differences
 from spatialprobe.engine.job import Job
-from spatialprobe.engine.pipeline.report import Report
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.processes.ray_cluster import GONE_AFTER, LOCAL, Cluster, cluster, ray_library
 from spatialprobe.engine.processes.ray_worker import RayWorker, Ticket
 from spatialprobe.engine.processes.sharing import Sharing, positions

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spatialprobe.engine.files.spec_folder import ClipFolder
-from spatialprobe.engine.pipeline.report import Outcomes
+from spatialprobe.engine.pipeline.outcomes import Outcomes
 from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from typing import Any
 
 from spatialprobe.engine.job import Job
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.pipeline.progress import RunLog
-from spatialprobe.engine.pipeline.report import Report
 from spatialprobe.engine.run import open_run
 from spatialprobe.engine.types import Refused
 

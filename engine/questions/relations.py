@@ -12,8 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from spatialprobe.engine.lifting.objects import ObjectTable
-from spatialprobe.engine.questions.views import Viewpoint, Views, look
+from spatialprobe.engine.questions.views import Viewpoint, Views
 
 APART = 0.05  # of the distance to the farther one, which centres must lie apart beyond half the larger object
 SIDEWAYS = 0.05  # of the distance ahead, which the directions of left and right must differ by: 3 degrees
@@ -57,10 +56,6 @@ class Relation:
         if self.arity == 2:
             usable = usable[:, :, None] & usable[:, None, :] & ~np.eye(usable.shape[1], dtype=bool)
         return np.where(usable, self.of(views), np.nan)
-
-    def measure(self, table: ObjectTable, view: int) -> np.ndarray:  # float64 [N] or [N, N]
-        """`values` of one view, an index of `table.frames`. Relations from another view are from the clip's last."""
-        return self.values(look(table, np.array([view])))[0]
 
 
 def difference(x: np.ndarray) -> np.ndarray:  # [..., N] -> [..., N, N], what j has more than i

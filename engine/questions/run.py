@@ -17,8 +17,8 @@ from spatialprobe.engine.job import select_shard
 from spatialprobe.engine.lifting.folder import SPEC as LIFT_SPEC
 from spatialprobe.engine.lifting.folder import SUFFIX, read_table
 from spatialprobe.engine.lifting.objects import ObjectTable
+from spatialprobe.engine.pipeline.outcomes import Progress, Report
 from spatialprobe.engine.pipeline.progress import RunLog
-from spatialprobe.engine.pipeline.report import Progress, Report
 from spatialprobe.engine.processes.leases import Leases
 from spatialprobe.engine.processes.sharing import POLL, look_again
 from spatialprobe.engine.questions.ask import Chosen, ask_together, choose, together

@@ -19,15 +19,14 @@ NOT_OBJECTS = frozenset(("wall", "floor", "ceiling", "otherstructure"))  # of Sc
 STEEP = 0.2  # length of the viewing direction seen from above, below which a view has no "ahead" on the floor
 AHEAD = 0.1  # of the distance: what is less in front of a camera's plane has no side that it is seen on
 
-DIRECTIONS = ("right", "forward", "level right", "level forward")  # the image's own, and with the horizon made level
-
 
 @dataclass(frozen=True, eq=False)
 class Viewpoint:
     """The objects from R cameras, whether these see them or not."""
 
     eye: np.ndarray  # [R, 3]
-    direction: np.ndarray  # [R, 4, 3] unit vectors as DIRECTIONS; the level ones NaN where a view is steep
+    # [R, 4, 3] unit vectors: right and forward of the image, and with the horizon made level, NaN where a view is steep
+    direction: np.ndarray
     along: np.ndarray  # [R, 4, N] from the eye to the centre of each box, along each direction
     reach: np.ndarray  # [R, 4, N] half of each box's extent along each direction
     far: np.ndarray  # [R, N] from the eye to the centre of each box

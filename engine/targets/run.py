@@ -19,8 +19,8 @@ from spatialprobe.engine.clips.sources import list_clips
 from spatialprobe.engine.files.durable import StoreFull
 from spatialprobe.engine.job import ALL, Job, device_of, parse_size, select_shard
 from spatialprobe.engine.pipeline.each_clip import Lost, each_clip
+from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.pipeline.progress import RunLog
-from spatialprobe.engine.pipeline.report import Report
 from spatialprobe.engine.pipeline.timing import Clock
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
 from spatialprobe.engine.targets.teachers import Maps, Size, Teacher, open_teacher

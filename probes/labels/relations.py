@@ -13,7 +13,7 @@ from torch import Tensor
 from spatialprobe.engine.lifting.objects import ObjectTable
 from spatialprobe.engine.questions.relations import RELATIONS
 from spatialprobe.engine.questions.views import look
-from spatialprobe.probes.sampling import generator
+from spatialprobe.probes.loading.sampling import generator
 
 ROWS = 256  # P
 # Asked from another position means from the first view's, which a probe always sees; the clip's last it seldom sees.

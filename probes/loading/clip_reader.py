@@ -15,9 +15,9 @@ from spatialprobe.engine.files.schema import quantised
 from spatialprobe.engine.reading.memory import MemoryClip, copy_rows, each
 from spatialprobe.engine.reading.rows import Key, OpenClip, StoredRows
 from spatialprobe.engine.types import STORE_DTYPES, FeatureSpec
-from spatialprobe.probes.batches import BatchBuilder, FeatureKey
 from spatialprobe.probes.labels.base import Labels
-from spatialprobe.probes.sampling import FrameSampling, generator
+from spatialprobe.probes.loading.batches import BatchBuilder, FeatureKey
+from spatialprobe.probes.loading.sampling import FrameSampling, generator
 
 
 @dataclass

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from spatialprobe.engine.reading.rows import FeatureSource
-from spatialprobe.probes.batches import Batch, BatchBuilder, FeatureKey, UnequalClips
 from spatialprobe.probes.labels.base import Labels
-from spatialprobe.probes.reading import ClipReader, KeptClip
-from spatialprobe.probes.sampling import STUDY, FrameSampling, shuffled
-from spatialprobe.probes.shards import Shards, source_name
+from spatialprobe.probes.loading.batches import Batch, BatchBuilder, FeatureKey, UnequalClips
+from spatialprobe.probes.loading.clip_reader import ClipReader, KeptClip
+from spatialprobe.probes.loading.sampling import STUDY, FrameSampling, shuffled
+from spatialprobe.probes.loading.shards import Shards, source_name
 
 log = logging.getLogger(__name__)
 

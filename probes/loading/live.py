@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from spatialprobe.probes.batches import Batch, BatchBuilder, FeatureKey, UnequalClips
-from spatialprobe.probes.data import OnError
 from spatialprobe.probes.labels.base import Labels
-from spatialprobe.probes.reading import ClipReader
-from spatialprobe.probes.sampling import STUDY, FrameSampling
+from spatialprobe.probes.loading.batches import Batch, BatchBuilder, FeatureKey, UnequalClips
+from spatialprobe.probes.loading.clip_reader import ClipReader
+from spatialprobe.probes.loading.loader import OnError
+from spatialprobe.probes.loading.sampling import STUDY, FrameSampling
 
 if TYPE_CHECKING:
     from spatialprobe.engine.live import LiveStore

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from spatialprobe.engine.demo.tiny.clip_text import clip_text
-from spatialprobe.engine.demo.tiny.hunyuan_vae import hunyuan_vae
 from spatialprobe.engine.demo.tiny.parts import WORDS, draw_weights, third, whole_folder
+from tiny.clip_text import clip_text
+from tiny.hunyuan_vae import hunyuan_vae
 
 
 def build_hunyuan_video(

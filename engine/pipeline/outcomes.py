@@ -1,4 +1,4 @@
-"""What became of a run's clips: counted, recorded in the store, and told to whoever watches."""
+"""What became of a run's clips: counted, recorded in the folder that the run fills, and told to whoever watches."""
 
 from collections.abc import Callable
 from concurrent.futures import Future

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from spatialprobe.engine.demo.tiny.clip_text import clip_text
-from spatialprobe.engine.demo.tiny.hunyuan_vae import hunyuan_vae
 from spatialprobe.engine.demo.tiny.parts import draw_weights, t5_tokenizer, whole_folder
 from spatialprobe.engine.parts.open_sora_blocks import OpenSoraTransformer, Sizes
+from tiny.clip_text import clip_text
+from tiny.hunyuan_vae import hunyuan_vae
 
 FINAL = ("final_layer.linear", "final_layer.adaLN_modulation.1")  # in the released file, and not needed for features
 
