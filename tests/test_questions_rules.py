@@ -98,6 +98,7 @@ MARGINS = [
     ("equilateral", (0, 1, 2), lambda x: three((0, 4 + x, 0.2)), 2.6, 2.63),  # 2.8 m
     ("fits_between", (2, 0, 1), lambda x: three((0, 8, 0.2), base=0.4 + x), 0.45, 0.47),  # a gap of x for .4 m
     ("fits_between", (2, 0, 1), lambda x: three((0, 8, 0.2), base=0.4 + x), 0.36, 0.34),
+    ("fits_between", (2, 0, 1), lambda x: three((0, 8, 0.2), base=0.4 + x), -0.01, 0.01),  # no gap where two overlap
     ("facing_side", (0, 1, 2), lambda x: three(at_angle(x)), 19, 21),
     ("facing_turn", (0, 1, 2), lambda x: three(at_angle(x)), 19, 21),
     ("facing_clock", (0, 1, 2), lambda x: three(at_angle(x)), 42, 41),
@@ -112,9 +113,13 @@ def test_what_is_near_a_boundary_is_not_asked(kind, things, table, within, beyon
 
 
 def test_lengths_below_ten_centimetres_are_not_asked_about():
+    """Of a thing alone, and beside two chairs that nothing tells apart, which have no names."""
     for height, types in ((0.099, {"length", "width"}), (0.101, {"length", "width", "height"})):
-        asked = records(table_of_boxes([(0, 4, 0.5)], [(0.4, 0.3, height)]), per_clip=200)
-        assert {q["type"] for q in asked} & {"length", "width", "height"} == types
+        for chairs in ([], [(-1, 4, 0.2), (-0.95, 4.05, 0.2)]):
+            tags = ("bed", *["chair"] * len(chairs))
+            table = table_of_boxes([(0, 4, 0.5), *chairs], [(0.4, 0.3, height), *[CUBE] * len(chairs)], tags)
+            asked = records(table, per_clip=200)
+            assert {q["type"] for q in asked} & {"length", "width", "height"} == types
 
 
 def test_gaps_are_between_the_nearest_points_of_boxes():
