@@ -324,6 +324,31 @@ def test_a_floor_is_below_all_cameras(lowest, share):
         assert height == pytest.approx(0 if share is None else 1.5, abs=1e-9)  # of the first camera
 
 
+@pytest.mark.parametrize(
+    ("on", "beneath", "drop", "found"),
+    # what is beneath by .1 m is the floor's own roughness, up to 4% of the 3.4 m to points; 2 points are no plane
+    [
+        (51, 0, 0, True), (49, 0, 0, False), (2, 0, 0, False),
+        (570, 29, 0.5, True), (570, 31, 0.5, False), (570, 31, 0.1, True), (570, 31, 0.17, False),
+    ],
+)  # fmt: skip
+def test_a_floor_has_a_twentieth_of_the_points_and_three_in_a_hundred_beneath_it(on, beneath, drop, found):
+    """Of 1000 points, all below the camera and the others on a wall; in worlds that are turned anyhow."""
+    rng = np.random.default_rng(0)
+    xy, number = rng.uniform(-2, 2, (1000, 2)), [on, beneath, 1000 - on - beneath]
+    points = np.column_stack([xy, np.repeat([0, -drop, 1], number)])
+    normals = np.repeat([UP, (0, -1, 0), (0, -1, 0)], number, axis=0)
+    pose = np.column_stack([(1, 0, 0), (0, 0, -1), (0, 1, 0), (0, -3, 1.5)])
+    for _ in range(4):
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        turn *= np.linalg.det(turn)
+        turned = np.vstack([turn @ pose, (0, 0, 0, 1)])
+        for up in (turn @ UP, None):
+            frame = lifted_frame(points @ turn.T, normals @ turn.T, turned[None], up)
+            assert frame.floor == (pytest.approx(on / 1000) if found else None)
+            np.testing.assert_allclose(frame.matrix[2, :3], turn @ UP, atol=1e-9)
+
+
 @pytest.mark.parametrize(("degrees", "gravity"), [(44, "floor"), (46, "camera")])
 def test_what_is_steep_to_the_first_camera_is_no_floor(degrees, gravity):
     """A plane before a level camera, whose points' normals are off by a degree."""
