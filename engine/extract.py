@@ -106,11 +106,10 @@ def extract(
                         writes.wait()
             writes.wait(0)
     except KeyboardInterrupt:
-        report.interrupted = True
-        writes.settle_rest()
+        report.interrupted, report.stopped = True, writes.settle_rest()
     except (StoreFull, MemoryError) as error:
-        report.stopped = first_line(error) + (tiling.advice(adapter) if isinstance(error, MemoryError) else "")
-        writes.settle_rest()
+        why = first_line(error) + (tiling.advice(adapter) if isinstance(error, MemoryError) else "")
+        report.stopped = "; ".join(filter(None, (why, writes.settle_rest())))
     finally:
         loading.shutdown(cancel_futures=True)
         writing.shutdown()

@@ -116,6 +116,25 @@ def test_nothing_is_under_way_when_a_run_has_ended(tmp_path, error, loads_for):
     assert {("write", "clip0"), ("write", "clip1")} <= set(done)
 
 
+@pytest.mark.parametrize(("error", "told"), [(KeyboardInterrupt(), ""), (MemoryError("no room"), "no room; ")])
+def test_a_clip_that_may_not_be_written_while_a_run_ends_is_said(tmp_path, error, told):
+    ended = Event()
+
+    def load(ref):
+        if ref.id == "clip2":
+            ended.set()
+            raise error
+
+    def write(ref, made):
+        assert ended.wait(60)
+        if ref.id == "clip0":
+            raise PermissionError(errno.EACCES, "Permission denied", ref.id)
+
+    _, report = run(tmp_path, load, write=write)
+    assert (report.written, report.failed, report.interrupted) == (1, 0, not told)
+    assert report.stopped == f"{told}[Errno 13] Permission denied: 'clip0'"
+
+
 def test_loaders_wait_for_writers(tmp_path):
     """While the first clip is written two more are given to the writer, and a loader is ahead of them by one."""
     loads, seen = [], []

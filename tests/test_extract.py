@@ -267,7 +267,8 @@ def test_an_interrupt_in_the_middle_of_a_write_miscounts_nothing(clips, tmp_path
 
 @pytest.mark.parametrize("ended_by", ["an interrupt", "a full disk"])
 def test_what_is_under_way_when_a_run_ends_is_settled_and_counted(clips, tmp_path, monkeypatch, ended_by):
-    """Nothing of the first batch is written before the second one comes; of that batch two clips find no room."""
+    """Nothing of the first batch is written before the second one comes; of that batch one clip finds no room, and one
+    may not be written."""
     store_write, second, outcomes, threads = FeatureStore.write, threading.Event(), [], threading.active_count()
 
     class Ending(Ramp):
@@ -280,8 +281,10 @@ def test_what_is_under_way_when_a_run_ends_is_settled_and_counted(clips, tmp_pat
 
     def write(self, clip_id, *args):
         assert second.wait(60)
-        if clip_id in ("a10", "a13"):
+        if clip_id == "a10":
             raise StoreFull(28, "No space left on device", str(self.path(clip_id)))
+        if clip_id == "a13":
+            raise PermissionError(13, "Permission denied", str(self.path(clip_id)))
         if clip_id == "a15":
             raise ClipError("its features are odd")
         return store_write(self, clip_id, *args)
@@ -290,9 +293,9 @@ def test_what_is_under_way_when_a_run_ends_is_settled_and_counted(clips, tmp_pat
     store, ids = FeatureStore.create(tmp_path / "s", spec()), [f"a{n}" for n in range(10, 26)]
     report = extract(refs(*ids), Ending(), store, batch_size=8, progress=lambda *o: outcomes.append(o))
     assert report.interrupted == (ended_by == "an interrupt")
-    assert report.stopped == (
-        "" if report.interrupted else f"[Errno 28] No space left on device: '{store.path('a10')}'"
-    )
+    full = f"[Errno 28] No space left on device: '{store.path('a10')}'; "
+    denied = f"[Errno 13] Permission denied: '{store.path('a13')}'"
+    assert report.stopped == ("" if report.interrupted else full) + denied
     given = ids[:8] if report.interrupted else ids  # to the writers
     assert outcomes == [
         (clip_id, *(("failed", "its features are odd") if clip_id == "a15" else ("written", "")))

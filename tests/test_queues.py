@@ -62,6 +62,8 @@ def test_the_rest_is_settled_in_order_but_for_what_cannot_be_stored(nearby):
             raise StoreFull(28, "No space left on device", f"clip{n}")
         if n == 4:
             raise ValueError("not finite")
+        if n >= 7:
+            raise PermissionError(13, "Permission denied", f"clip{n}")
         return n
 
     def settle(item: int, future) -> None:
@@ -72,8 +74,12 @@ def test_the_rest_is_settled_in_order_but_for_what_cannot_be_stored(nearby):
     settled, behind = [], Behind(nearby, 2, settle)
     for n in range(7):
         behind.put(n, work, n)
-    behind.settle_rest()
+    assert behind.settle_rest() == ""
     assert settled == [(1, ""), (2, ""), (4, "not finite"), (5, ""), (6, "")]
+    for n in (0, 8, 1, 7, 2):
+        behind.put(n, work, n)
+    assert behind.settle_rest() == "[Errno 13] Permission denied: 'clip8'"
+    assert settled[5:] == [(1, ""), (2, "")]
     behind = Behind(nearby, 2, lambda item, future: future.result())
     behind.put(4, work, 4)
     with pytest.raises(ValueError, match="not finite"):

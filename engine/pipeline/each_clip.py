@@ -78,11 +78,9 @@ def each_clip(
                     writes.wait()
                 writes.wait(0)
         except KeyboardInterrupt:
-            report.interrupted = True
-            writes.settle_rest()
+            report.interrupted, report.stopped = True, writes.settle_rest()
         except (StoreFull, MemoryError, torch.OutOfMemoryError) as error:
-            report.stopped = first_line(error)
-            writes.settle_rest()
+            report.stopped = "; ".join(filter(None, (first_line(error), writes.settle_rest())))
         finally:
             loading.shutdown(cancel_futures=True)
             writing.shutdown()

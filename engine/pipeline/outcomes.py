@@ -20,7 +20,7 @@ class Report:
     skipped: int = 0  # shorter than their window, with short="skip"
     batch_size: int = 0  # after halving, if memory ran out
     interrupted: bool = False
-    stopped: str = ""  # why the run ended early: a full disk, or too little memory
+    stopped: str = ""  # why it ended early, a full disk or too little memory; why a write failed while it ended
     failures: dict[str, str] = field(default_factory=dict)  # clip id -> stage and reason, of this run
     timing: dict = field(default_factory=dict)  # Clock.summary()
 

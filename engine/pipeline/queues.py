@@ -134,15 +134,20 @@ class Behind:
         self._under_way.append(task)
         task.future, task.give = task.give(), None
 
-    def settle_rest(self) -> None:
+    def settle_rest(self) -> str:
         """Settles all that is left. What cannot be stored any more is left unsettled, to be done again another time;
-        what is stored is settled, though there may be no room for a line that says so."""
+        what is stored is settled, though there may be no room for a line that says so. Returns the first reason why
+        something could not be stored, other than a full disk, or ""."""
+        why = ""
         while self._under_way:
             task = self._under_way.popleft()
             future = task.future or task.give()
-            if not isinstance(future.exception(), OSError):
+            if not isinstance(error := future.exception(), OSError):
                 with suppress(StoreFull):
                     self._close(task.item, future)
+            elif not isinstance(error, StoreFull):
+                why = why or first_line(error)
+        return why
 
     def wait(self, depth: int | None = None) -> None:
         """Settles what is done, and waits until at most `depth` are under way."""
