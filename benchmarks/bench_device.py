@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.extract import batch_noise, extract
-from spatialprobe.engine.job import Resolved
+from spatialprobe.engine.resolve import Resolved
 from spatialprobe.engine.run import job_clips, load
 from spatialprobe.engine.store import FeatureStore
 

@@ -60,7 +60,8 @@ class Engine:
     """The engine as `engine extract` runs it, loaded once; every round fills a new store."""
 
     def __init__(self, task: dict):
-        from spatialprobe.engine.job import Job, resolve
+        from spatialprobe.engine.job import Job
+        from spatialprobe.engine.resolve import resolve
         from spatialprobe.engine.run import job_clips
         from spatialprobe.engine.types import COMPUTE_DTYPES
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.device.memory_plan import plan_memory
-from spatialprobe.engine.job import Job, Resolved, parse_size, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.prompt_cache import cached, prompt_file
+from spatialprobe.engine.resolve import Resolved, resolve
 from spatialprobe.engine.types import COMPUTE_DTYPES
+from spatialprobe.engine.words import parse_size
 
 STUDY_QUERY = "0,1:76:4"
 DISTINCT = 4  # clips on disk; the others are links to them, and are decoded as often

@@ -8,7 +8,8 @@ from pathlib import Path
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.clips.decode import load_clip
 from spatialprobe.engine.files.schema import differences
-from spatialprobe.engine.job import Job, Resolved, resolve
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.resolve import Resolved, resolve
 from spatialprobe.engine.run import job_clips, memory_of
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, Plan

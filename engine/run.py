@@ -16,11 +16,12 @@ from spatialprobe.engine.device.placement import check_fits, place
 from spatialprobe.engine.device.tiling import fit, follow
 from spatialprobe.engine.extract import extract
 from spatialprobe.engine.files.durable import StoreFull
-from spatialprobe.engine.job import Job, Resolved, resolve, select_shard
+from spatialprobe.engine.job import Job, select_shard
 from spatialprobe.engine.pipeline.latents import LatentFolder, latent_key
 from spatialprobe.engine.pipeline.outcomes import Report, run_file
 from spatialprobe.engine.pipeline.progress import RunLog
 from spatialprobe.engine.processes.sharing import Sharing
+from spatialprobe.engine.resolve import Resolved, resolve
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, ClipRef
 

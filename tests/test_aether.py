@@ -21,9 +21,10 @@ from spatialprobe.engine.checkpoint import content_hash
 from spatialprobe.engine.demo.tiny.cogvideox import build_aether, build_cogvideox
 from spatialprobe.engine.device import placement
 from spatialprobe.engine.device.placement import place
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.reading.probing_files import export_probing
 from spatialprobe.engine.reading.published import PublishedDump
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import Clip, FrameSelection, parse_query
 

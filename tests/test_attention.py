@@ -12,7 +12,8 @@ from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.device.attention import BACKENDS, is_there, resolve_attention, with_attention
 from spatialprobe.engine.device.blocks import set_up_blocks
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Refused
 
@@ -65,7 +66,7 @@ def test_the_package_that_brings_a_kernel_is_a_field_of_the_spec(clips_path, wan
         ("flash3", {"pytest": metadata.version("pytest")}),
         ("flash4", {"flash_attn": "unknown"}),  # copied into place, without a word of what it is
     ):
-        monkeypatch.setattr("spatialprobe.engine.job.resolve_attention", lambda *asked, name=name: name)
+        monkeypatch.setattr("spatialprobe.engine.resolve.resolve_attention", lambda *asked, name=name: name)
         assert resolve(Job.from_words(words)).spec.versions == plain | added
 
 

@@ -220,7 +220,8 @@ def test_pickled_weights_and_code_of_a_checkpoint_are_never_used(wan_path, qwen_
 def test_broken_text_encoders_tokenizers_and_configs_are_one_line(wan_path, qwen_path, tmp_path):
     from spatialprobe.engine.adapters.qwen3_vl import Qwen3VL
     from spatialprobe.engine.adapters.wan import Wan
-    from spatialprobe.engine.job import Job, resolve
+    from spatialprobe.engine.job import Job
+    from spatialprobe.engine.resolve import resolve
 
     cpu = torch.device("cpu")
     shutil.copytree(wan_path, tmp_path / "wan")

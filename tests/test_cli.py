@@ -20,8 +20,9 @@ from spatialprobe.engine.cli import main, parser
 from spatialprobe.engine.commands.flags import read_job
 from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
 from spatialprobe.engine.dryrun import waiting_bytes
-from spatialprobe.engine.job import Job, resolve, select_shard
+from spatialprobe.engine.job import Job, select_shard
 from spatialprobe.engine.presets import PRESETS
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.store import FeatureStore
 
 
@@ -351,12 +352,12 @@ def test_a_lost_gpu_ends_a_run_with_a_line(words, monkeypatch, capsys):
 
 
 def test_presets_and_devices_set_the_defaults(clips_path, wan_path, monkeypatch):
-    from spatialprobe.engine import job as job_module
+    from spatialprobe.engine import resolve as resolving
 
     preset = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], repo=str(wan_path), layers={"geometry": 2, "tagging": 1})
     monkeypatch.setitem(PRESETS, "tiny", preset)
-    monkeypatch.setattr(job_module, "device_of", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr(job_module.tiling, "choose", lambda *asked: False)  # memory of a GPU that is not there
+    monkeypatch.setattr(resolving, "device_of", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(resolving.tiling, "choose", lambda *asked: False)  # memory of a GPU that is not there
     words = {"clips": str(clips_path), "model": "tiny", "out": "x", "batch": 3}
     resolved = resolve(Job.from_words(words))
     assert (resolved.spec.layers, resolved.spec.pool, resolved.depth) == ((1, 2), (15, 26), 3)

@@ -21,9 +21,10 @@ from spatialprobe.engine.cli import main
 from spatialprobe.engine.device import compiled
 from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.compiled import CompileTimes, check_compile, check_thread, full_batch, new_pass
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.live import live
 from spatialprobe.engine.pipeline.timing import Clock
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import job_clips, load, run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, Refused

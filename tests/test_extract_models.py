@@ -8,8 +8,9 @@ import torch
 
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.adapters.wan import Wan
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.feeding import Feeder
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import job_clips, run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.kernels.pool_features import accumulate

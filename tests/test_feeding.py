@@ -6,9 +6,10 @@ from tiny.encoders import build_encoder
 
 from spatialprobe.engine.clips import images
 from spatialprobe.engine.demo.tiny.cogvideox import build_cogvideox
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.feeding import Feeder, stage
 from spatialprobe.engine.pipeline.timing import Clock
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import Clip
 

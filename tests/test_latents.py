@@ -13,8 +13,9 @@ from tiny.ltx import build_ltx
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.demo.tiny.cogvideox import build_aether, build_cogvideox
 from spatialprobe.engine.demo.tiny.wan import build_wan_i2v, build_wan_t2v
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.latents import LatentFolder, source_identity, weights_hash
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import ClipRef
 

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from spatialprobe.engine import extract as pipeline
 from spatialprobe.engine.adapter import Adapter
 from spatialprobe.engine.extract import extract
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.live import LiveStore, live
 from spatialprobe.engine.reading.rows import StoredRows
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import job_clips, run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, FeatureSpec, FrameSelection, Plan

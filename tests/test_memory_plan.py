@@ -32,8 +32,9 @@ from spatialprobe.engine.device.blocks import set_up_blocks
 from spatialprobe.engine.device.live_bytes import META, LiveBytes
 from spatialprobe.engine.device.memory_plan import MemoryPlan, modules_of, plan_memory, run_once, shapes_of
 from spatialprobe.engine.device.tap import Taps
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.text_encoder import encoder_bytes
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.types import COMPUTE_DTYPES
 
 BUILD = {

@@ -9,7 +9,8 @@ from spatialprobe.engine.adapters.wan import Wan
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.device import placement
 from spatialprobe.engine.device.placement import check_fits, place, spread
-from spatialprobe.engine.job import Job, device_of
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.resolve import device_of
 from spatialprobe.engine.run import run_job
 
 

@@ -16,7 +16,8 @@ from spatialprobe.engine.device.precision import (
     quantise_linears,
     quantise_rows,
 )
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.resolve import resolve
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 NO_ROW_SCALES = pytest.mark.skipif(TORCH < (2, 12), reason="torch 2.11's product of fp8 takes no row scales on a CPU")

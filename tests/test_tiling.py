@@ -11,7 +11,8 @@ from spatialprobe.engine.clips.sources import list_clips
 from spatialprobe.engine.device import tiling
 from spatialprobe.engine.device.memory_plan import plan_memory
 from spatialprobe.engine.extract import extract
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import open_store, run_job
 from spatialprobe.engine.store import FeatureStore
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
+from spatialprobe.engine.resolve import resolve
 
 
 def loaded(wan_path, tmp_path, value: str):

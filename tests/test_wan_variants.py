@@ -23,8 +23,9 @@ from transformers import CLIPVisionModel
 
 from spatialprobe.engine.adapters.wan import Wan, WanI2V, condition_size
 from spatialprobe.engine.demo.tiny.wan import build_wan_experts, build_wan_i2v, build_wan_ti2v
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.reading.probing_files import probing_name, published
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.types import Clip
 

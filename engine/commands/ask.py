@@ -30,9 +30,9 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def ask(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.job import positive
     from spatialprobe.engine.questions.run import AskJob, run_ask
     from spatialprobe.engine.questions.settings import Settings
+    from spatialprobe.engine.words import positive
 
     if args.images and not args.chat:
         raise ValueError("images goes with chat")

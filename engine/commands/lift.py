@@ -31,8 +31,8 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def lift(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.job import parse_size, positive
     from spatialprobe.engine.lifting.run import LiftJob, run_lift
+    from spatialprobe.engine.words import parse_size, positive
     from spatialprobe.probes.labels import open_labels
 
     of = {} if args.classes is None else {"classes": positive("classes", args.classes)}

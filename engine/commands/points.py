@@ -29,10 +29,10 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def points(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.job import number, positive
     from spatialprobe.engine.pointmaps.options import PointOptions
     from spatialprobe.engine.pointmaps.run import run_points
     from spatialprobe.engine.store import FeatureStore
+    from spatialprobe.engine.words import number, positive
     from spatialprobe.probes.labels import open_labels
 
     labels, like = open_labels(args.labels), FeatureStore.open(args.like)

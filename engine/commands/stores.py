@@ -75,9 +75,9 @@ def verify(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     from spatialprobe.engine.compare import compare_lines, compare_stores
-    from spatialprobe.engine.job import share
     from spatialprobe.engine.pipeline.progress import bar
     from spatialprobe.engine.store import FeatureStore
+    from spatialprobe.engine.words import share
 
     limit = None if args.max_relative is None else share("max-relative", args.max_relative)
     file = None if args.json is None else Path(args.json)
@@ -112,11 +112,11 @@ def export(args: argparse.Namespace) -> int:
 
 
 def import_dump(args: argparse.Namespace) -> int:
-    from spatialprobe.engine.job import layer_list, numbers, positive
     from spatialprobe.engine.pipeline.progress import bar
     from spatialprobe.engine.presets import FAMILIES, STUDY_QUERY
     from spatialprobe.engine.reading.probing_files import import_probing
     from spatialprobe.engine.types import FrameSelection
+    from spatialprobe.engine.words import layer_list, numbers, positive
 
     steps = numbers("steps", args.steps) if args.steps else []
     known = FAMILIES.get(args.family)

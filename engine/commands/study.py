@@ -70,7 +70,7 @@ def study(args: argparse.Namespace) -> int:
 
 def read_study(args: argparse.Namespace) -> "StudyJob":
     """Raises ValueError for words that no encoder could be run with."""
-    from spatialprobe.engine.job import numbers, positive, share
+    from spatialprobe.engine.words import numbers, positive, share
     from spatialprobe.probes.labels import open_labels
     from spatialprobe.probes.study.job import StudyJob
 

@@ -30,7 +30,7 @@ def targets(args: argparse.Namespace) -> int:
     args.targets, cameras = args.cameras, None
     job = read_job(args)
     if args.cameras:
-        from spatialprobe.engine.job import parse_size
+        from spatialprobe.engine.words import parse_size
         from spatialprobe.probes.labels import open_labels
 
         of = {"intrinsic_size": parse_size("intrinsic-size", args.intrinsic_size)} if args.intrinsic_size else {}

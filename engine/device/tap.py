@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Taps:
-    """Forward hooks on the wanted blocks, set once (a hook added after torch.compile would recompile)."""
+    """Forward hooks on the wanted blocks."""
 
     def __init__(self, blocks: Sequence[nn.Module], layers: tuple[int, ...]):
         if max(layers) >= len(blocks):

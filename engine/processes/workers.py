@@ -16,11 +16,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spatialprobe.engine.job import Job, device_of
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.outcomes import Outcomes, Report
 from spatialprobe.engine.pipeline.progress import bar
 from spatialprobe.engine.processes.sharing import Sharing, positions
 from spatialprobe.engine.processes.worker import KNOWN
+from spatialprobe.engine.resolve import device_of
 from spatialprobe.engine.run import open_run, survey, write_report
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import ClipRef

@@ -17,14 +17,16 @@ from spatialprobe.engine.clips.decode import describe_cut, load_clip, window_cut
 from spatialprobe.engine.clips.images import resize
 from spatialprobe.engine.clips.sources import list_clips
 from spatialprobe.engine.files.durable import StoreFull
-from spatialprobe.engine.job import ALL, Job, device_of, parse_size, select_shard
+from spatialprobe.engine.job import Job, select_shard
 from spatialprobe.engine.pipeline.each_clip import Lost, each_clip
 from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.pipeline.progress import RunLog
 from spatialprobe.engine.pipeline.timing import Clock
+from spatialprobe.engine.resolve import device_of
 from spatialprobe.engine.targets.folder import TargetFolder, TargetSpec
 from spatialprobe.engine.targets.teachers import Maps, Size, Teacher, open_teacher
 from spatialprobe.engine.types import COMPUTE_DTYPES, Clip, ClipError, ClipRef, FrameSelection, parse_query
+from spatialprobe.engine.words import ALL, parse_size
 
 WINDOW = 81  # frames, the study's
 LONGER_SIDE, CELL = 518, 14  # pixels of the study's maps, multiples of VGGT's patch

@@ -16,10 +16,11 @@ import torch
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.files.durable import StoreFull, room_for, write_whole
-from spatialprobe.engine.job import Job, resolve
+from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.pipeline.progress import summary
 from spatialprobe.engine.processes.workers import run_workers
+from spatialprobe.engine.resolve import resolve
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import Refused
