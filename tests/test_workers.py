@@ -17,9 +17,11 @@ import torch
 from spatialprobe.engine.cli import main
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.processes.ranks import part_of, words_for
-from spatialprobe.engine.processes.workers import Pool, devices_of, merged_timing, run_workers
+from spatialprobe.engine.processes.sharing import Sharing
+from spatialprobe.engine.processes.workers import Pool, Worker, devices_of, merged_timing, run_workers
 from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
+from spatialprobe.engine.types import ClipRef, FeatureSpec
 
 CLIPS = 30
 
@@ -398,6 +400,25 @@ def test_ranks_of_a_launcher_fill_one_store(clips, qwen_path, alone, tmp_path):
     assert files(tmp_path / "s") == alone
     for rank in (0, 1):
         assert json.loads((tmp_path / f"s/run-{rank}of2.json").read_text())["written"] == CLIPS / 2
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "stopped", "told"),
+    [
+        (False, "", "2 clips are left, and no worker is"),
+        (False, "no room", "no room"),
+        (True, "", ""),
+        (True, "Permission denied", "Permission denied"),  # of a clip whose write came last
+    ],
+)
+def test_why_clips_are_left_is_said_after_an_interrupt_too(tmp_path, interrupted, stopped, told):
+    store = FeatureStore.create(tmp_path / "s", FeatureSpec("wan", "content:0", (0,)))
+    pool = Pool(3, [ClipRef("a", "/nowhere"), ClipRef("b", "/nowhere")])
+    pool.interrupted = interrupted
+    pool.workers = [Worker(0, "cpu", None, None, report={"stopped": stopped, "batch_size": 1, "timing": {}})]
+    with Sharing(store) as sharing:
+        report = pool.add_up(store, sharing)
+    assert (report.stopped, report.interrupted, report.present, report.written) == (told, interrupted, 1, 0)
 
 
 def test_timing_of_workers_adds_up():

@@ -207,8 +207,8 @@ class Pool:
         rest = [ref for ref in self.todo if ref.id not in self.outcomes]
         left = sharing.settle_rest(rest, Outcomes(report, store, lambda *outcome: None, sharing.release))
         reports = [worker.report for worker in self.workers if worker.report]
-        if left and not report.interrupted:
-            stopped = [r["stopped"] for r in reports if r["stopped"]]
+        stopped = [r["stopped"] for r in reports if r["stopped"]]
+        if left and (stopped or not report.interrupted):
             report.stopped = stopped[0] if stopped else f"{left} clips are left, and no worker is"
         report.batch_size = min((r["batch_size"] for r in reports), default=0)
         report.timing = merged_timing([r["timing"] for r in reports if r["timing"]])
