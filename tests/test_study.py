@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from statistics import mean, stdev
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from spatialprobe.engine.run import run_job
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec
 from spatialprobe.probes import INSTANCE, TAGGING, open_labels, train
+from spatialprobe.probes.results import read_results
 from spatialprobe.probes.study import run as study_run
 from spatialprobe.probes.study.job import StudyJob
 from spatialprobe.probes.study.table import cell
@@ -234,6 +236,18 @@ def test_a_probe_whose_loss_was_not_finite_is_said(study, scenes, encoders, tmp_
     )
     stopped = [probe["stopped"] for probe in written(out / "study.json")["probes"] if probe["task"] == "tagging"]
     assert stopped == ["", "the loss is nan at step 3 (clips a)", "", ""]
+
+
+def test_a_score_that_is_no_number_is_null_in_the_summary(study, scenes, encoders, tmp_path, monkeypatch):
+    out = shutil.copytree(study[0], tmp_path / "out")
+    file = out / "runs" / "clip-native" / "tagging" / "results.json"
+    results = [replace(result, metrics={"loss": math.inf, "mAP": math.nan, "AP": 0.5}) for result in read_results(file)]
+    file.unlink()
+    monkeypatch.setattr(study_run, "train", lambda *args, **more: results)
+    clip = {"clip": encoders["clip"]}
+    assert main(words(scenes, clip, out, "--seeds", "1,2", pos_embed="native", tasks="tagging")) == 0
+    metrics = [probe["metrics"] for probe in written(out / "study.json")["probes"]]
+    assert metrics == [{"loss": None, "mAP": None, "AP": 0.5}] * 4
 
 
 def test_a_study_of_other_clips_or_labels_wants_another_folder(study, scenes, encoders, tmp_path, capsys):
