@@ -1,6 +1,6 @@
 # make demo   render scenes, ask about them, build tiny models, extract, train probes, write demo/index.html (2 minutes)
 # make test   all tests that need no GPU
-# make bench  extract, streaming (9 GB of disk, given back), probes, lifting and questions, kernels, models at
+# make bench  extract, streaming (9 GB of disk, given back), probes, lifting and questions, fp8, kernels, models at
 #             their published sizes on a GPU (without one a check), and the grouping against its peers;
 #             RECORD=--record writes benchmarks/results
 # make lint   ruff; make sanitize: the C++ under address, undefined-behaviour and thread sanitizers; make clean

@@ -125,10 +125,19 @@ MODELS = {
 class Subject:
     """A model at one of its sizes in a folder of its own: a hollow checkpoint and the words of a job."""
 
-    def __init__(self, name: str, sizes: Sizes, root: Path, device: torch.device, words: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        name: str,
+        sizes: Sizes,
+        root: Path,
+        device: torch.device,
+        words: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,  # None: bfloat16, of small sizes on the CPU float32
+    ):
         self.name, self.model, self.sizes, self.root, self.device = name, MODELS[name], sizes, root, device
         self.words = words or {}
-        self.dtype = torch.bfloat16 if device.type == "cuda" or sizes is self.model.true else torch.float32
+        usual = torch.bfloat16 if device.type == "cuda" or sizes is self.model.true else torch.float32
+        self.dtype = dtype or usual
         self.configs = published(self.model.config, sizes.smaller)
         if self.model.family == "qwen3_vl":
             self.configs = with_tokens(self.configs)
