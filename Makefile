@@ -15,7 +15,7 @@ demo: .venv/installed
 	.venv/bin/engine demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/installed
 	$(PIP) --editable .[bench] --no-build-isolation

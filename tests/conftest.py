@@ -24,6 +24,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job, wh
 torch.set_num_threads(1)  # tiny tensors gain nothing from two, and spinning threads stall each other on busy cores
 
 
+# Files that take a minute or more: begun first, or one process would be left alone with them at the end.
+LONG = (
+    "workers", "ray", "compiled", "ahead_of_time", "kill", "pretend_cuda", "contrastive_loss", "several_runs", "lifting",
+    "train", "demo", "probe_tasks", "bench_device", "report_browser",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         if os.environ.get("REQUIRE_GPU") == "1":
