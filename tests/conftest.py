@@ -26,8 +26,8 @@ torch.set_num_threads(1)  # tiny tensors gain nothing from two, and spinning thr
 
 # Files that take a minute or more: begun first, or one process would be left alone with them at the end.
 LONG = (
-    "workers", "ray", "compiled", "ahead_of_time", "kill", "pretend_cuda", "contrastive_loss", "several_runs", "lifting",
-    "train", "demo", "probe_tasks", "bench_device", "report_browser",
+    "workers", "ray", "compiled", "ahead_of_time", "kill", "pretend_cuda", "contrastive_loss", "several_runs",
+    "lifting", "train", "demo", "probe_tasks", "bench_device", "report_browser",
 )  # fmt: skip
 
 
