@@ -16,8 +16,7 @@ OFFLOAD = ("none", "host", "spread")
 
 def check_fits(adapter: Adapter, depth: int, dtype: torch.dtype, device: torch.device, offload: str) -> None:
     """Raises ValueError if the weights of the first `depth` blocks alone cannot fit, and says what depth would."""
-    weights = partial(adapter.weight_bytes, dtype=dtype)
-    before = 2 * weights(1) - weights(2)
+    weights = partial(adapter.weight_bytes, dtype=dtype)  # builds the model's modules each time
     # The first block stands for one that is held at a time: where blocks are of two kinds, it is of the larger.
     needed = weights(1 if offload == "host" and device.type == "cuda" else depth)
     places = every_gpu() if offload == "spread" else [device]
@@ -29,8 +28,11 @@ def check_fits(adapter: Adapter, depth: int, dtype: torch.dtype, device: torch.d
             f"{depth} blocks need {needed / 1e9:.1f} GB for their weights, and "
             f"{', '.join(map(str, places))} has {free / 1e9:.1f} GB free: {deepest}; see also --offload"
         )
+    if offload != "host":
+        return
+    before = 2 * weights(1) - weights(2)
     in_host, host_free = weights(depth) - before, free_bytes(torch.device("cpu"))
-    if offload == "host" and in_host > host_free:
+    if in_host > host_free:
         fit = bisect_right(range(1, depth), host_free + before, key=weights)
         raise ValueError(f"{depth} blocks need {in_host / 1e9:.1f} GB of host memory: {fit} blocks would fit")
 
