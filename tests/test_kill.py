@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from spatialprobe.engine.cli import main
 from spatialprobe.engine.store import FeatureStore
 
 # One process pays for the imports; each of its forked children runs the engine's own main and is killed for real.
@@ -57,8 +58,7 @@ def test_killed_at_thirty_random_moments(wan_path, make_clip, tmp_path):
         ]  # fmt: skip
 
     def run_whole(out: str) -> Path:
-        code = "import sys, torch; torch.set_num_threads(1); from spatialprobe.engine.cli import main; sys.exit(main())"
-        subprocess.run([sys.executable, "-c", code, *words(out)], check=True, capture_output=True)
+        assert main(words(out)) == 0
         return tmp_path / out
 
     expected = snapshot(run_whole("uninterrupted"))
@@ -80,15 +80,17 @@ def test_two_shards_killed_and_run_again_side_by_side(qwen_path, make_clip, tmp_
     for i in range(12):
         make_clip(tmp_path / "clips" / f"clip{i}", frames=3, size=(32, 48), seed=i)
 
-    def start(shard: str | None, out: str) -> subprocess.Popen:
-        words = ["extract", str(tmp_path / "clips"), "--model", str(qwen_path), "--out", str(tmp_path / out)]
-        words += ["--layers", "1", "--window", "3", "--query", ":", "--size", "64x96", "--device", "cpu"]
-        words += ["--shard", shard] if shard else []
-        return subprocess.Popen(
-            [sys.executable, "-m", "spatialprobe.engine.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+    def words(out: str, *shard: str) -> list[str]:
+        given = ["extract", str(tmp_path / "clips"), "--model", str(qwen_path), "--out", str(tmp_path / out)]
+        return [*given, "--layers", "1", "--window", "3", "--query", ":", "--size", "64x96", "--device", "cpu", *shard]
 
-    pair = [start("0/2", "pair"), start("1/2", "pair")]
+    command = [sys.executable, "-m", "spatialprobe.engine.cli"]
+    pair = [
+        subprocess.Popen(
+            [*command, *words("pair", "--shard", f"{i}/2")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for i in (0, 1)
+    ]
     mine = {f"clip{i}.safetensors" for i in sorted(map(str, range(12)))[::2]}  # every other of the sorted ids
     until = time.monotonic() + 120
     while not any((tmp_path / "pair/clips" / name).exists() for name in mine):  # it is at work: kill it now
@@ -98,10 +100,7 @@ def test_two_shards_killed_and_run_again_side_by_side(qwen_path, make_clip, tmp_
     pair[0].kill()
     assert pair[0].wait() == -signal.SIGKILL
     assert pair[1].wait(timeout=120) == 0, pair[1].stderr.read()
-    again = start("0/2", "pair")
-    assert again.wait(timeout=120) == 0, again.stderr.read()
-    whole = start(None, "whole")
-    assert whole.wait(timeout=120) == 0, whole.stderr.read()
+    assert main(words("pair", "--shard", "0/2")) == main(words("whole")) == 0
     stores = [FeatureStore.open(tmp_path / name) for name in ("pair", "whole")]
     pair_files, whole_files = ({i: s.path(i).read_bytes() for i in s.ids()} for s in stores)
     assert pair_files == whole_files
