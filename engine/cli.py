@@ -3,6 +3,8 @@ full, or the GPU lost, 2 bad arguments, 130 interrupted."""
 
 import argparse
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,11 +23,15 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         print(f"engine: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return 128 + signal.SIGPIPE
         print(f"engine: stopped: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -43,6 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("engine: interrupted", file=sys.stderr)
         return 130
+
+
+def reader_left() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`. What is left of it then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLERR)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -389,3 +390,13 @@ def test_quiet_and_whole_when_not_on_a_terminal(words):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "5 written" in done.stdout
+
+
+def test_output_that_nobody_reads_any_more_is_no_fault():
+    """As `engine models | head -1` leaves it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "spatialprobe.engine.cli", "models"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
