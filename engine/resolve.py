@@ -15,6 +15,7 @@ from spatialprobe.engine.device.attention import kernel_versions, resolve_attent
 from spatialprobe.engine.device.compiled import check_compile
 from spatialprobe.engine.device.placement import OFFLOAD
 from spatialprobe.engine.device.precision import check_precision
+from spatialprobe.engine.files.durable import must_be_no_file
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.feeding import check_resize
 from spatialprobe.engine.pipeline.latents import check_latents
@@ -56,6 +57,7 @@ def resolve(job: Job) -> Resolved:
     check_resize(job.resize, adapter)
     if job.latents is not None:
         check_latents(family, adapter)
+        must_be_no_file(Path(job.latents), "latents are a folder")
     attention = resolve_attention(job.attention, device, COMPUTE_DTYPES[compute_dtype])
     spec = FeatureSpec(
         family=family,

@@ -17,7 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spatialprobe.engine.files.clipfile import SUFFIX, BadFile, Entry, clip_files, read_header, write_file
-from spatialprobe.engine.files.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
+from spatialprobe.engine.files.durable import (
+    RunFolder,
+    make_folder,
+    must_be_no_file,
+    publish,
+    publish_first,
+    room_for,
+    write_text,
+)
 from spatialprobe.engine.files.failures import append_failure, read_failures
 from spatialprobe.engine.files.schema import differences, mismatches, quantised, row_mismatches
 from spatialprobe.engine.files.verify import StoreInfo, reread, summarize
@@ -67,8 +75,7 @@ class FeatureStore:
     @classmethod
     def check_place(cls, root: Path, spec: FeatureSpec) -> None:
         """Raises what `create` would, and writes nothing."""
-        if root.exists() and not root.is_dir():
-            raise ValueError(f"{root} is a file; a store is a folder")
+        must_be_no_file(root, "a store is a folder")
         foreign = _foreign(root) if root.is_dir() else []
         if (root / "spec.json").exists():
             cls.open(root)._must_be_of(spec)

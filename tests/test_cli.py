@@ -162,6 +162,27 @@ def test_bad_arguments_exit_2_with_one_line_and_write_nothing(words, tmp_path, c
     assert not (tmp_path / "store").exists()
 
 
+def test_a_file_where_a_folder_is_wanted(words, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    below = f"{file} is a file; {file}/x cannot be below it"
+
+    def said(*command: str) -> str:
+        assert main([*command]) == 2
+        return capsys.readouterr().err.removeprefix("engine: error: ").rstrip()
+
+    assert said(*replaced(words, out=str(file))) == f"{file} is a file; a store is a folder"
+    assert said(*replaced(words, out=f"{file}/x")) == below
+    assert said(*words, "--latents", str(file)) == f"{file} is a file; latents are a folder"
+    assert said("demo", "--out", str(file)) == f"{file} is a file; the demo is a folder"
+    assert said("demo", "--out", f"{file}/x") == below
+    assert main(words) == 0
+    capsys.readouterr()
+    assert said("export", words[5], str(file), "--layout", "probing") == f"{file} is a file; a folder is wanted"
+    assert said("export", words[5], f"{file}/x", "--layout", "probing") == below
+    assert file.read_text() == "mine"
+
+
 def test_clips_that_are_not_there(words, capsys, tmp_path):
     words[1] = str(tmp_path / "nowhere")
     assert main(words) == 2

@@ -228,6 +228,8 @@ def test_wrong_places_are_one_line(store, labels, tmp_path, capsys):
 
     assert f"{nowhere} is not a feature store" in instead(store.root, nowhere)
     assert f"{nowhere}: no such folder" in instead(labels.root, nowhere)
+    file = Path(labels.root) / f"class_names_{K}.json"
+    assert f"{file} is a file; a folder is wanted" in instead(out, file)
     assert "5 clips have features but no labels in" in instead(labels.root, elsewhere.root)
     assert "class_names_7.json does not exist; there is class_names_6.json" in instead(K, 7)
     assert "val must be a share between 0 and 1, or clip ids, got 2.0" in refused([*good, "--val", "2"], capsys)

@@ -12,6 +12,7 @@ from spatialprobe.engine.demo.scene_files import write_demo
 from spatialprobe.engine.demo.scenes import make_scene
 from spatialprobe.engine.demo.tiny.qwen3_vl import build_qwen3_vl
 from spatialprobe.engine.demo.tiny.wan import build_wan_t2v
+from spatialprobe.engine.files.durable import must_be_no_file
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.progress import summary
 from spatialprobe.engine.run import run_job
@@ -37,6 +38,7 @@ def run_demo(out: str) -> int:
     """Writes everything below `out`; returns 0 if all clips were lifted and extracted, every file reads back whole and
     no probe's loss stopped being finite."""
     root, started = Path(out), time.perf_counter()
+    must_be_no_file(root, "the demo is a folder")
     foreign = sorted(path.name for path in root.iterdir() if path.name not in MADE) if root.is_dir() else []
     if foreign or (root.exists() and not (root / MARK).exists() and any(root.iterdir())):
         raise ValueError(f"{root} holds files the demo did not make; choose another folder with --out")

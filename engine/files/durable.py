@@ -37,10 +37,18 @@ def room_for(path: Path, needed: int) -> Iterator[None]:
         raise StoreFull(error.errno, what, str(path)) from error
 
 
+def must_be_no_file(path: Path, what: str) -> None:
+    """Raises ValueError where a folder cannot be made: `path` is a file, though `what`, or lies below one."""
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; {what if there == path else f'{path} cannot be below it'}")
+
+
 def make_folder(path: Path) -> None:
-    """mkdir -p that survives a power cut."""
+    """mkdir -p that survives a power cut. Raises ValueError where a file is in the way."""
     if path.is_dir():
         return
+    must_be_no_file(path, "a folder is wanted")
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
     sync_folder(path.parent)

@@ -12,7 +12,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from spatialprobe.engine.files.clipfile import all_files, write_file
-from spatialprobe.engine.files.durable import RunFolder, make_folder, publish, publish_first, room_for, write_text
+from spatialprobe.engine.files.durable import (
+    RunFolder,
+    make_folder,
+    must_be_no_file,
+    publish,
+    publish_first,
+    room_for,
+    write_text,
+)
 from spatialprobe.engine.files.failures import append_failure, read_failures
 from spatialprobe.engine.files.schema import differences
 from spatialprobe.engine.pipeline.outcomes import run_file
@@ -42,8 +50,7 @@ class SpecFolder(Generic[S]):
     @classmethod
     def check_place(cls, root: Path, spec: S) -> None:
         """Raises what making the folder would, and writes nothing."""
-        if root.exists() and not root.is_dir():
-            raise ValueError(f"{root} is a file; {cls.WHAT} are a folder")
+        must_be_no_file(root, f"{cls.WHAT} are a folder")
         # Listed before the spec is looked for: another process may be making the folder.
         foreign = sorted(p.name for p in root.iterdir() if p.name != "tmp") if root.is_dir() else []
         if (root / cls.NAME).exists():

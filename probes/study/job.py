@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from spatialprobe.engine.files.durable import must_be_no_file
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.parts.image_encoder import POSITIONS
 from spatialprobe.engine.run import job_clips
@@ -96,8 +97,7 @@ class StudyJob:
 
     def _check_place(self) -> None:
         """Raises ValueError where `out` is something else, or a study of other data, whose runs would look the same."""
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"{self.out} is a file; a study is a folder")
+        must_be_no_file(self.out, "a study is a folder")
         file = self.out / SUMMARY
         # Listed before the summary is looked for: another process may be making the study.
         names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
