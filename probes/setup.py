@@ -64,7 +64,8 @@ def feature_keys(sources: Sequence[FeatureSource], config: ProbeConfig) -> tuple
         if only and len(sources) == 1 and (config.layer not in (None, only[0]) or config.step not in (None, only[1])):
             fitting = []
         if len(fitting) != 1:
-            raise ValueError(f"{source_name(source)} holds {there}; which to read must be one of them, got {asked}")
+            what = f"{source_name(source)} holds (layer, step) {there}"
+            raise ValueError(f"{what}; the settings layer and step must choose one of them, got {asked}")
         keys.append(FeatureKey(i, *fitting[0]))
     return tuple(keys)
 

@@ -213,7 +213,7 @@ def test_wrong_settings_are_one_line(store, labels, tmp_path, capsys):
     assert "patience must be an integer or null, got 'no'" in said("layer=1", "patience=no")
     assert "threshold must be an integer, got 'many'" in said("layer=1", "threshold=many")
     assert "query must be frame numbers" in said("layer=1", "query=x")
-    assert "got {'layer': None, 'step': None}" in said()
+    assert "the settings layer and step must choose one of them, got {'layer': None, 'step': None}" in said()
     assert "got {'layer': 2, 'step': None}" in said("layer=2")
     assert not out.exists()
 

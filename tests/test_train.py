@@ -315,7 +315,7 @@ def test_grids_name_settings(store, labels):
         grid_configs(TAGGING, {"lr": [1e-3]}, {"lr": 1})
     with pytest.raises(ValueError, match="geometry takes its last epoch, whatever it scores: patience must be null"):
         grid_configs(GEOMETRY, {"patience": [None, 2]}, {})
-    with pytest.raises(ValueError, match=r"must be one of them, got \{'layer': None, 'step': 749\}"):
+    with pytest.raises(ValueError, match=r"must choose one of them, got \{'layer': None, 'step': 749\}"):
         train(TAGGING, store, labels, step=749, **SMALL)
     with pytest.raises(ValueError, match=r"got \{'layer': 2, 'step': 749\}"):
         train(TAGGING, store, labels, layer=2, step=749, **SMALL)
