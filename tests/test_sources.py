@@ -48,6 +48,12 @@ def test_linked_folders(tmp_path):
         list_clips(tmp_path / "data")
 
 
+def test_a_link_to_nothing_is_a_clip(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "gone.mp4")
+    assert [ref.id for ref in list_clips(tmp_path)] == ["a", "b"]
+
+
 def test_images(tmp_path):
     touch(tmp_path, "b/c/1.jpg", "b/c/2.jpg", "a/1.PNG", "b/c/d/1.webp", "e/readme.txt")
     assert list_clips(tmp_path) == [ClipRef(name, str(tmp_path / name)) for name in ("a", "b/c", "b/c/d")]

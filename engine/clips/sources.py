@@ -87,7 +87,8 @@ def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, li
     if real in above:
         raise ValueError(f"{folder}: links back to {real}, which holds it")
     with os.scandir(folder) as entries:
-        yield folder, sorted(e.name for e in entries if e.is_file())
+        # a link to nothing is a file that cannot be read: its clip fails, and is not left out
+        yield folder, sorted(e.name for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir()))
     for below in _folders(folder):
         yield from _walk(below, (*above, real))
 
