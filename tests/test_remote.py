@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -203,6 +204,14 @@ def test_what_is_not_there_is_named(url, tmp_path):
         open_source(str(tmp_path), cache=tmp_path / "cache")
     with pytest.raises(ValueError, match="must be a relative path"):
         open_source(url).open_clip("../x")
+
+
+def test_a_kind_of_url_whose_package_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"^s3://bucket/store cannot be read: Install s3fs"):
+        open_source("s3://bucket/store")
+    with pytest.raises(ValueError, match="Protocol not known: s4"):
+        open_source("s4://bucket/store")
 
 
 def test_a_folder_is_opened_as_a_store(home):

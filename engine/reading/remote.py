@@ -60,6 +60,8 @@ class RemoteStore:
             self.spec_text = self.fetch(lambda fs, root: fs.cat_file(f"{root}/spec.json")).decode()
         except FileNotFoundError:
             raise ValueError(f"{self.url} is not a feature store: it has no spec.json") from None
+        except ImportError as error:  # of the package for this kind of URL
+            raise ValueError(f"{self.url} cannot be read: {error}") from None
         self.spec, self.spec_hash = parse_spec(self.spec_text, f"{self.url}/spec.json")
 
     def fetch(self, ask: Callable[[Any, str], Any]) -> Any:
