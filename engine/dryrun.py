@@ -7,10 +7,9 @@ from pathlib import Path
 
 from spatialprobe.engine.adapter import plan_clip
 from spatialprobe.engine.clips.decode import load_clip
-from spatialprobe.engine.files.schema import differences
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.resolve import Resolved, resolve
-from spatialprobe.engine.run import job_clips, memory_of
+from spatialprobe.engine.run import agree, job_clips, memory_of
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import COMPUTE_DTYPES, STORE_DTYPES, FeatureSpec, Plan
 
@@ -19,16 +18,16 @@ TOKEN_STATISTICS = 8  # bytes per token: mean and rstd, float32
 
 def plan_lines(job: Job) -> Iterator[str]:
     """What `engine extract --dry-run` prints."""
-    resolved, refs = resolve(job), job_clips(job)
-    spec, adapter = resolved.spec, resolved.adapter
-    done = 0
-    if (Path(job.out) / "spec.json").exists():
-        store = FeatureStore.open(job.out)
-        if differences(store.spec, spec):
-            yield f"store    {job.out} holds features of another spec: extract would refuse it"
-        else:
-            there = set(store.ids())
+    resolved, refs, out, done = resolve(job), job_clips(job), Path(job.out), 0
+    try:
+        agree(resolved, out, lambda: FeatureStore.check_place(out, resolved.spec))
+    except ValueError as error:
+        yield f"store    extract would refuse it: {error}"
+    else:
+        if (out / "spec.json").exists():
+            there = set(FeatureStore.open(out).ids())
             done = sum(ref.id in there for ref in refs)
+    spec, adapter = resolved.spec, resolved.adapter
     todo = len(refs) - done
     yield f"clips    {len(refs)} in {job.clips}, {done} done, {todo} to do"
     yield f"model    {job.model}, family {spec.family}, {spec.weights}"
@@ -51,7 +50,7 @@ def plan_lines(job: Job) -> Iterator[str]:
     batch = adapter.AUTO_BATCH if resolved.batch == "auto" else resolved.batch
     offload = f", offload {spec.offload}" if spec.offload != "none" else ""
     where = f"at batch {batch}, {spec.compute_dtype} on {resolved.device}{offload}"
-    planned = memory_of(resolved, batch, Path(job.out) / "cache")
+    planned = memory_of(resolved, batch, out / "cache")
     if planned is None:
         activations = activation_bytes(plan, adapter.channels, COMPUTE_DTYPES[spec.compute_dtype].itemsize, batch)
         yield f"memory   {_gb(weights)} weights + about {_gb(activations)} activations {where}"
@@ -61,7 +60,6 @@ def plan_lines(job: Job) -> Iterator[str]:
     clip = clip_bytes(spec, len(rows), kept, adapter.channels)
     if resolved.device.type == "cuda":
         yield f"host     {_gb(waiting_bytes(clip, batch, job.writers))} pinned at most, for what is to be written"
-    out = Path(job.out).absolute()
     folder = next(path for path in (out, *out.parents) if path.exists())
     yield f"disk     {_gb(clip)} per clip, {_gb(clip * todo)} to write, {_gb(shutil.disk_usage(folder).free)} free"
 

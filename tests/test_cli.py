@@ -272,6 +272,20 @@ def test_dry_run_tells_the_plan_and_writes_nothing(words, tmp_path, capsys):
     assert megabytes * 1e6 <= size <= megabytes * 1e6 + 8192
 
 
+def test_dry_run_says_why_extract_would_refuse_the_store(words, tmp_path, capsys):
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*replaced(words, seed="3"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"store    extract would refuse it: {words[5]} holds features of another spec" in out
+    assert "seed: 0 there, 3 asked" in out
+    assert "0 done, 5 to do" in out
+    (tmp_path / "file").write_text("mine")
+    for place, why in ((tmp_path, "is not empty and not a store"), (tmp_path / "file", "is a file; a store is a")):
+        assert main([*replaced(words, out=str(place)), "--dry-run"]) == 0
+        assert f"extract would refuse it: {place} {why}" in capsys.readouterr().out
+
+
 def test_encoders_have_layers_of_their_own_accord(clips_path, tmp_path):
     model = build_encoder(tmp_path / "clip", "clip")
     job = Job.from_words({"clips": str(clips_path), "model": str(model), "out": "x"})
