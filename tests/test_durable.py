@@ -20,7 +20,15 @@ import pytest
 import torch
 
 from spatialprobe.engine.files import durable
-from spatialprobe.engine.files.durable import RunFolder, StoreFull, append_line, publish_first, room_for, write_text
+from spatialprobe.engine.files.durable import (
+    RunFolder,
+    StoreFull,
+    append_line,
+    publish_first,
+    room_for,
+    write_text,
+    write_whole,
+)
 from spatialprobe.engine.store import FeatureStore
 from spatialprobe.engine.types import FeatureSpec, FrameSelection
 
@@ -476,6 +484,13 @@ def test_a_full_disk_stops_with_a_clear_line_and_loses_nothing(small_disk):
     store.write(f"a/{full_at}", *clip(full_at))
     assert len(store) == full_at + 1
     assert [p for p in store.verify() if "is torn" not in p] == []
+
+
+def test_a_page_that_does_not_fit_is_named_and_leaves_nothing(small_disk):
+    page = small_disk / "page.html"
+    with pytest.raises(StoreFull, match=r"2\.000 MB needed, .* MB free: '.*/page\.html'"):
+        write_whole(page, "x" * 2_000_000)
+    assert list(small_disk.iterdir()) == []
 
 
 def test_only_errors_of_no_room_are_full_disks_and_the_innermost_names_its_file(tmp_path):

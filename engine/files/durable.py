@@ -134,10 +134,13 @@ def write_whole(path: Path, text: str) -> None:
     """Writes or replaces a file at once, so that nobody sees a part of it. For files outside stores."""
     make_folder(path.parent)
     run = RunFolder(path.parent / ".tmp")
-    temp = run.file()
-    write_text(temp, text)
-    publish(temp, path)
-    run.close()
+    try:
+        with room_for(path, len(text)):
+            temp = run.file()
+            write_text(temp, text)
+            publish(temp, path)
+    finally:
+        run.close()
 
 
 def append_line(path: Path, line: str) -> None:

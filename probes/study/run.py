@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spatialprobe.engine.adapter import plan_clip
-from spatialprobe.engine.files.durable import StoreFull, room_for, write_whole
+from spatialprobe.engine.files.durable import StoreFull, write_whole
 from spatialprobe.engine.job import Job
 from spatialprobe.engine.pipeline.outcomes import Report
 from spatialprobe.engine.pipeline.progress import summary
@@ -198,5 +198,4 @@ def write_summary(study: StudyJob, found: Findings) -> None:
     asked = {"encoders": study.encoders, "pos_embed": study.pos_embed, "tasks": list(study.axes)}
     asked |= {"position": study.position, "seeds": study.seeds} | study.data
     text = json.dumps({"asked": asked, "probes": probes, "failed": found.failed}, indent=1, default=str)
-    with room_for(study.out / SUMMARY, len(text)):
-        write_whole(study.out / SUMMARY, text)
+    write_whole(study.out / SUMMARY, text)
