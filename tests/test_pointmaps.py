@@ -237,6 +237,7 @@ def test_the_command_makes_a_store_like_any_other(root, like, tmp_path, capsys):
         labels_file.write_bytes(whole)
     told = capsys.readouterr()
     assert f"{out}: 7 written, 0 there before, 1 failed" in told.out
+    assert "device busy" not in told.out
     assert f"  {lost}  labels: clip {lost}: labels in {labels_file}" in told.err
     assert json.loads((out / "failed.jsonl").read_text())["id"] == lost
     kept = {path: path.stat().st_mtime_ns for path in (out / "clips").iterdir()}

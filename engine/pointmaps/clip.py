@@ -96,7 +96,7 @@ class ClipReader:
             read = self._read(frame, self.options.labels)
             for name in ("points", "confidence"):
                 self.digest.update(read[name].contiguous().numpy())
-            with self.clock.host("encode"):
+            with self.clock.host("average"):
                 points = self._placed(read["points"], read.get("extrinsic")) / self.unit
                 rows, columns = (token_shares(side, *of) for side, of in zip(points.shape[:2], grid, strict=True))
                 sums = sums + times * sum_frame(points, read["confidence"], (rows, columns), self.options.bands)
