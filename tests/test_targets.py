@@ -331,6 +331,7 @@ def test_unproject_of_an_identity_camera():
     ("change", "message"),
     [
         ({"model": "vggt"}, "vggt cannot be had"),
+        ({"model": "depth-pr"}, "none of depth-anything-v2, depth-pro, zoedepth"),
         ({"model": "relative"}, "gives relative depth, wanted a metric checkpoint"),
         ({"model": "blind"}, "no model of the field of view"),
         ({"model": "other"}, "says it is 'qwen3_vl'"),

@@ -5,6 +5,7 @@ Depth is along the camera's z axis, in metres, as the models' own code has it af
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -143,6 +144,8 @@ def open_teacher(model: str, revision: str | None = None) -> Teacher:
     """A teacher by name, Hub id or local folder. Raises ValueError for anything that is none."""
     if model in LEFT_OUT:
         raise ValueError(f"{model} cannot be had: {LEFT_OUT[model]}")
+    if not (model in TEACHERS or "/" in model or Path(model).is_dir()):
+        raise ValueError(f"model {model!r} is no local folder or Hub id, and none of {', '.join(TEACHERS)}")
     checkpoint = Checkpoint.open(TEACHERS.get(model, model), revision)
     found = checkpoint.json("config.json").get("model_type")
     if found not in FAMILIES:
